@@ -1,0 +1,165 @@
+"""The run config: what one YAML file says about a training run.
+
+Batch sizes, precision, ZeRO, offload and gradient clipping have their home in the DeepSpeed JSON and are not repeated
+here. Rules that span sections or files live in `rules.py`; here each value is checked by itself.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values never change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Architecture. Names follow Megatron-Core's TransformerConfig where it has one."""
+
+    preset: str | None = None
+    """Name of a shipped model (`megagpt/presets/NAME.yaml`) or path of a YAML file whose keys fill this section;
+    keys given beside it win."""
+    num_layers: Positive
+    """Number of transformer layers."""
+    hidden_size: Positive
+    """Width of the residual stream."""
+    num_attention_heads: Positive
+    """Number of query heads."""
+    num_query_groups: Positive | None = None
+    """Number of key/value heads (grouped-query attention); default: num_attention_heads."""
+    kv_channels: Positive | None = None
+    """Size of one head; default: hidden_size / num_attention_heads."""
+    ffn_hidden_size: Positive | None = None
+    """Inner width of the MLP; default: 4 x hidden_size (for gated activations set it: it counts one branch)."""
+    vocab_size: Positive
+    """Number of tokens of the tokenizer; padded internally, the padding is never seen outside."""
+    max_position_embeddings: Positive
+    """Longest sequence; the size of the table for learned positions."""
+    position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
+    """Rotary (RoPE) or learned absolute positions."""
+    rotary_base: Annotated[float, Field(gt=0)] = 10000.0
+    """Base (theta) of the rotary frequencies."""
+    rotary_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each head's channels that is rotated."""
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """Kind of normalisation."""
+    layernorm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    """Epsilon inside the normalisation."""
+    activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu"] = "swiglu"
+    """Activation of the MLP; `swiglu` and `geglu` are gated; `gelu_tanh` is GPT-2's approximation."""
+    add_bias_linear: bool = False
+    """Biases in all linear layers of attention and MLP."""
+    add_qkv_bias: bool = False
+    """Bias in the query/key/value projection only (implied by add_bias_linear)."""
+    untie_embeddings_and_output_weights: bool = True
+    """Separate output projection (true) or the word embedding used twice (false)."""
+    parallel_residual: bool = False
+    """Attention and MLP read the same input and are added together (GPT-NeoX)."""
+    hidden_dropout: Probability = 0.0
+    """Dropout after embedding, attention and MLP."""
+    attention_dropout: Probability = 0.0
+    """Dropout of the attention probabilities."""
+    init_method_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the initial weights; output projections are scaled by 1 / sqrt(2 num_layers)."""
+
+
+class ParallelConfig(Section):
+    """How the model is spread over ranks; the data-parallel size follows from the world size."""
+
+    tensor_model_parallel_size: Positive = 1
+    """Ranks that share each layer (TP)."""
+    pipeline_model_parallel_size: Positive = 1
+    """Pipeline stages (PP)."""
+    sequence_parallel: bool = False
+    """Split norms and dropouts along the sequence over the tensor-parallel ranks."""
+    make_vocab_size_divisible_by: Positive = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+
+
+class DataConfig(Section):
+    """Where the tokens come from."""
+
+    prefix: str | None = None
+    """Dataset as written by tools/preprocess_data.py: the path without .bin/.idx."""
+    tokenizer: str | None = None
+    """Tokenizer file (sentencepiece .model); checked against the dataset and carried into exports."""
+    split: Annotated[tuple[float, float, float], Strict(False)] = (90.0, 5.0, 5.0)
+    """Shares of the documents for train, validation and test."""
+
+
+class OptimizerConfig(Section):
+    """Optimizer and learning-rate schedule (linear warm-up, then cosine down to min_lr)."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or plain SGD (for tests of exactness: Adam hides errors in the scale of gradients)."""
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate."""
+    min_lr: Annotated[float, Field(ge=0)] = 3e-5
+    """Learning rate at the end of the decay."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up from zero."""
+    decay_steps: Positive | None = None
+    """Step at which min_lr is reached; default: training.steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay; norms and biases are exempt."""
+    beta1: Probability = 0.9
+    """AdamW's first moment decay."""
+    beta2: Probability = 0.95
+    """AdamW's second moment decay."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+
+
+class TrainingConfig(Section):
+    """Length of the run and what is computed besides steps."""
+
+    steps: Positive
+    """Number of optimizer steps of the whole run."""
+    seq_length: Positive | None = None
+    """Tokens per sample; default: model.max_position_embeddings."""
+    seed: NonNegative = 1234
+    """Seed of weights, dropout and sample order."""
+    recompute_granularity: Literal["none", "full"] = "none"
+    """Activation checkpointing: keep all activations, or recompute each transformer layer in the backward pass."""
+    eval_interval: NonNegative = 0
+    """Steps between evaluations on the validation split; 0 evaluates at the end only."""
+    eval_batches: Positive = 8
+    """Global batches per evaluation."""
+
+
+class CheckpointConfig(Section):
+    """Where and when the state is saved."""
+
+    directory: str | None = None
+    """Folder of the checkpoints; the run resumes from the newest one there. None: nothing is saved."""
+    save_interval: NonNegative = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_last: Positive = 2
+    """Number of newest checkpoints kept."""
+
+
+class LoggingConfig(Section):
+    """What is reported, and where."""
+
+    interval: Positive = 10
+    """Steps between progress reports; the only moments at which the host waits for the device."""
+    directory: str | None = None
+    """Folder for metrics.jsonl and TensorBoard files; None: progress lines only."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
