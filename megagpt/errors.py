@@ -1,8 +1,12 @@
-"""Errors that a user can act on.
+"""Errors that a user can act on, and how commands report them.
 
-Every message gives the key or file, its value, the rule that it breaks and the fix. Command-line entry points print
-them without a traceback and exit with status 2; `assert` is left for our own bugs.
+Every message gives the key or file, its value, the rule that it breaks and the fix. Commands print it without a
+traceback and exit with status 2; `assert` is left for our own bugs.
 """
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 
 class MegagptError(Exception):
@@ -37,3 +41,17 @@ class ConversionError(MegagptError):
 
 class LaunchError(MegagptError):
     """The ranks of a job cannot be found out or contradict each other."""
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's main function and end the process: 2 after a user's error, 130 after Ctrl-C, else its result."""
+    try:
+        code = main() or 0
+    except MegagptError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
