@@ -1,0 +1,108 @@
+"""PREFIX.json: what a dataset was made from. Written last, so that a dataset with a manifest is complete."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from megagpt.data.files import sha256_of_file, write_whole
+from megagpt.data.indexed import bin_path, idx_path
+from megagpt.errors import DataError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One text file that went into a dataset."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Origin and content of a dataset."""
+
+    format: int
+    megagpt_version: str
+    tokenizer_file: str
+    tokenizer_sha256: str
+    vocab_size: int
+    dtype: str
+    """Token type on disk, as numpy names it."""
+    text_key: str
+    append_eod: bool
+    seed: int | None
+    """Seed of the order of documents; None: as in the inputs."""
+    on_bad_line: str
+    num_documents: int
+    num_tokens: int
+    skipped_empty: int
+    """Documents without text."""
+    skipped_bad: int
+    """Lines that were no documents."""
+    bin_sha256: str
+    idx_sha256: str
+    inputs: tuple[InputFile, ...]
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    """Path of the manifest that belongs to a prefix."""
+    return Path(f"{prefix}.json")
+
+
+def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
+    """Write PREFIX.json.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    write_whole(manifest_path(prefix), (json.dumps(asdict(manifest), indent=2) + "\n").encode())
+
+
+def read_manifest(prefix: str | Path) -> Manifest | None:
+    """Read PREFIX.json; None if there is none (files that Megatron wrote have none).
+
+    Raises:
+        DataError: the file is damaged or of an unknown format.
+    """
+    path = manifest_path(prefix)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not a readable manifest ({error}); rebuild with tools/preprocess_data.py") from None
+    names = {field.name for field in fields(Manifest)}
+    if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != names:
+        raise DataError(f"{path} is not a manifest of format {FORMAT}; rebuild with tools/preprocess_data.py")
+    try:
+        content["inputs"] = tuple(InputFile(**entry) for entry in content["inputs"])
+    except TypeError:
+        raise DataError(f"{path} has damaged `inputs`; rebuild with tools/preprocess_data.py") from None
+    return Manifest(**content)
+
+
+def verify_files(prefix: str | Path) -> Manifest:
+    """Compare the hashes of .bin and .idx with the manifest; reads both files in full.
+
+    Raises:
+        DataError: there is no manifest, a file is missing or differs.
+    """
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        raise DataError(f"{manifest_path(prefix)} does not exist; only datasets of tools/preprocess_data.py have one")
+    for path, expected in ((bin_path(prefix), manifest.bin_sha256), (idx_path(prefix), manifest.idx_sha256)):
+        try:
+            found = sha256_of_file(path)
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read ({error.strerror}); rebuild with tools/preprocess_data.py"
+            ) from None
+        if found != expected:
+            raise DataError(
+                f"{path} has sha256 {found}, its manifest says {expected}; the file was damaged or replaced:"
+                " rebuild with tools/preprocess_data.py"
+            )
+    return manifest

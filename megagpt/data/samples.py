@@ -1,0 +1,128 @@
+"""Samples: windows of seq_length + 1 tokens cut from the flat token stream, in an order given by the seed."""
+
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+
+from megagpt.data.order import sample_position
+from megagpt.errors import ConfigError, DataError
+
+SPLITS = ("train", "validation", "test")
+
+
+class TokenSource(Protocol):
+    """What a stream of samples reads from; IndexedDataset is one."""
+
+    prefix: str
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start to stop - 1, integers [stop - start]."""
+        ...
+
+
+def split_ranges(document_offsets: np.ndarray, split: tuple[float, float, float]) -> dict[str, tuple[int, int]]:
+    """Cut the stream between documents into contiguous ranges for train, validation and test.
+
+    Every document is in exactly one range. Shares are shares of the number of documents.
+
+    Args:
+        document_offsets: first token of each document and the end, int64 [documents + 1].
+        split: shares of train, validation and test; they need not add up to 100.
+
+    Returns:
+        For each split (first token, behind last token); a range may be empty, train's never is.
+
+    Raises:
+        ConfigError: a share is negative or all are zero.
+        DataError: the train split has no document or no token.
+    """
+    if len(split) != 3 or min(split) < 0 or not 0 < sum(split) < float("inf"):
+        raise ConfigError(
+            f"data.split={tuple(split)} must be three shares >= 0 with a sum above 0; use e.g. [90, 5, 5]"
+        )
+    num_documents = len(document_offsets) - 1
+    cuts = [0, *(round(float(share) / sum(split) * num_documents) for share in np.cumsum(split))]
+    ranges = {
+        name: (int(document_offsets[first]), int(document_offsets[behind]))
+        for name, (first, behind) in zip(SPLITS, pairwise(cuts), strict=True)
+    }
+    if ranges["train"][0] == ranges["train"][1]:
+        raise DataError(
+            f"data.split={tuple(split)} leaves no text of {num_documents} documents for training;"
+            " raise the first share or give more documents"
+        )
+    return ranges
+
+
+class SampleStream:
+    """An endless stream of samples: each epoch visits every window of its token range once.
+
+    Window p covers tokens p * seq_length to (p + 1) * seq_length of the range, both included: neighbours share one
+    token, so that every token but the first is predicted once an epoch. Windows run across document borders.
+
+    `len(stream)` is the number of samples of one epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenSource,
+        token_range: tuple[int, int],
+        seq_length: int,
+        seed: int,
+        shuffle: bool = True,
+        vocab_size: int | None = None,
+    ):
+        """Describe the stream; nothing is read yet.
+
+        Args:
+            dataset: the tokens.
+            token_range: first token and the one behind the last.
+            seq_length: tokens per sample that are predicted.
+            seed: gives the order of each epoch.
+            shuffle: False visits the windows from first to last.
+            vocab_size: if given, samples with a token outside it are refused (a GPU would abort without a word).
+
+        Raises:
+            DataError: the range is too short for one sample.
+        """
+        self._dataset = dataset
+        self._start, stop = token_range
+        self._seq_length = seq_length
+        self._seed = seed
+        self._shuffle = shuffle
+        self._vocab_size = vocab_size
+        self._num_samples = max(0, stop - self._start - 1) // seq_length
+        if self._num_samples == 0:
+            raise DataError(
+                f"{dataset.prefix} has {stop - self._start} tokens here, training.seq_length={seq_length} needs"
+                f" {seq_length + 1}; give more text or a shorter training.seq_length"
+            )
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a sample that are predicted."""
+        return self._seq_length
+
+    def sample(self, global_index: int) -> np.ndarray:
+        """The sample that a run sees after `global_index` others: int64 [seq_length + 1].
+
+        Raises:
+            DataError: a token is outside the vocabulary.
+        """
+        if self._shuffle:
+            _, position = sample_position(global_index, self._num_samples, self._seed)
+        else:
+            position = global_index % self._num_samples
+        start = self._start + position * self._seq_length
+        tokens = self._dataset.tokens(start, start + self._seq_length + 1).astype(np.int64)
+        if self._vocab_size is not None and not (tokens.min() >= 0 and tokens.max() < self._vocab_size):
+            row = int(np.flatnonzero((tokens < 0) | (tokens >= self._vocab_size))[0])
+            raise DataError(
+                f"{self._dataset.prefix}: token number {start + row} is {tokens[row]}, outside"
+                f" model.vocab_size={self._vocab_size}; set model.vocab_size to the tokenizer's or rebuild the dataset"
+            )
+        return tokens

@@ -1,0 +1,35 @@
+"""Train a sentencepiece tokenizer on JSONL text: PREFIX.model."""
+
+import argparse
+
+from megagpt.data.jsonl import iter_texts
+from megagpt.data.tokenizer import train_sentencepiece
+from megagpt.errors import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSONL files, one object a line")
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="the tokenizer is PREFIX.model")
+    parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens")
+    parser.add_argument("--model-type", choices=["bpe", "unigram"], default="bpe")
+    parser.add_argument("--text-key", default="text", help="key of the text in each object (default: text)")
+    parser.add_argument("--on-bad-line", choices=["error", "skip"], default="error", help="lines that are no documents")
+    parser.add_argument("--max-documents", type=int, default=0, help="train on this many drawn documents; 0: all")
+    parser.add_argument("--seed", type=int, default=0, help="draws the documents")
+    parser.add_argument("--verbose", action="store_true", help="show sentencepiece's log")
+    args = parser.parse_args()
+    tokenizer = train_sentencepiece(
+        iter_texts(args.input, args.text_key, args.on_bad_line),
+        args.output_prefix,
+        args.vocab_size,
+        model_type=args.model_type,
+        max_documents=args.max_documents,
+        seed=args.seed,
+        verbose=args.verbose,
+    )
+    print(f"{tokenizer.path}: {tokenizer.vocab_size} tokens, sha256 {tokenizer.sha256}")
+
+
+if __name__ == "__main__":
+    run_command(main)
