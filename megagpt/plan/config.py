@@ -4,19 +4,31 @@ Batch sizes, precision, ZeRO, offload and gradient clipping have their home in t
 here. Rules that span sections or files live in `rules.py`; here each value is checked by itself.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+def is_count(value: Any) -> bool:
+    """Whether a raw value is a positive integer (YAML's true and false are integers to Python, but not counts)."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """Copy a raw section without its `null` values: writing null asks for the default."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys are refused, values never change after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
@@ -31,11 +43,11 @@ class ModelConfig(Section):
     """Width of the residual stream."""
     num_attention_heads: Positive
     """Number of query heads."""
-    num_query_groups: Positive | None = None
+    num_query_groups: Positive
     """Number of key/value heads (grouped-query attention); default: num_attention_heads."""
-    kv_channels: Positive | None = None
+    kv_channels: Positive
     """Size of one head; default: hidden_size / num_attention_heads."""
-    ffn_hidden_size: Positive | None = None
+    ffn_hidden_size: Positive
     """Inner width of the MLP; default: 4 x hidden_size (for gated activations set it: it counts one branch)."""
     vocab_size: Positive
     """Number of tokens of the tokenizer; padded internally, the padding is never seen outside."""
@@ -67,6 +79,36 @@ class ModelConfig(Section):
     """Dropout of the attention probabilities."""
     init_method_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the initial weights; output projections are scaled by 1 / sqrt(2 num_layers)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_derived(cls, values: Any) -> Any:
+        """Fill in the sizes that follow from others, so that later code never meets a gap.
+
+        A size that cannot be derived (its sources are missing, malformed or do not divide) stays missing; the loader
+        words the error.
+        """
+        if not isinstance(values, dict):
+            return values
+        values = without_nulls(values)
+        heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+        if is_count(heads):
+            values.setdefault("num_query_groups", heads)
+        if is_count(heads) and is_count(hidden) and hidden % heads == 0:
+            values.setdefault("kv_channels", hidden // heads)
+        if is_count(hidden):
+            values.setdefault("ffn_hidden_size", 4 * hidden)
+        return values
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP's first projection has two branches, one gating the other."""
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the query/key/value projection has a bias."""
+        return self.add_qkv_bias or self.add_bias_linear
 
 
 class ParallelConfig(Section):
@@ -104,7 +146,7 @@ class OptimizerConfig(Section):
     """Learning rate at the end of the decay."""
     warmup_steps: NonNegative = 0
     """Steps of linear warm-up from zero."""
-    decay_steps: Positive | None = None
+    decay_steps: Positive
     """Step at which min_lr is reached; default: training.steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay; norms and biases are exempt."""
@@ -121,7 +163,7 @@ class TrainingConfig(Section):
 
     steps: Positive
     """Number of optimizer steps of the whole run."""
-    seq_length: Positive | None = None
+    seq_length: Positive
     """Tokens per sample; default: model.max_position_embeddings."""
     seed: NonNegative = 1234
     """Seed of weights, dropout and sample order."""
@@ -159,7 +201,25 @@ class RunConfig(Section):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig
     training: TrainingConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_derived(cls, values: Any) -> Any:
+        """Fill in the defaults that come from another section: training.seq_length and optimizer.decay_steps."""
+        if not isinstance(values, dict):
+            return values
+        sections = {name: section for name, section in values.items() if section is not None}
+        sections.setdefault("optimizer", {})
+        for name, section in sections.items():
+            if isinstance(section, dict):
+                sections[name] = without_nulls(section)
+        model, training, optimizer = (sections.get(name) for name in ("model", "training", "optimizer"))
+        if isinstance(training, dict) and isinstance(model, dict) and "max_position_embeddings" in model:
+            training.setdefault("seq_length", model["max_position_embeddings"])
+        if isinstance(optimizer, dict) and isinstance(training, dict) and "steps" in training:
+            optimizer.setdefault("decay_steps", training["steps"])
+        return sections

@@ -1,0 +1,22 @@
+"""Run config x DeepSpeed config x number of ranks = Plan. Nothing here imports torch."""
+
+from megagpt.plan.config import ModelConfig, RunConfig
+from megagpt.plan.deepspeed_config import DeepSpeedConfig, deepspeed_config_from_dict, load_deepspeed_config
+from megagpt.plan.estimates import MemoryEstimate
+from megagpt.plan.load import load_preset, load_run_config, preset_names, run_config_from_dict
+from megagpt.plan.plan import Plan, make_plan
+
+__all__ = [
+    "DeepSpeedConfig",
+    "MemoryEstimate",
+    "ModelConfig",
+    "Plan",
+    "RunConfig",
+    "deepspeed_config_from_dict",
+    "load_deepspeed_config",
+    "load_preset",
+    "load_run_config",
+    "make_plan",
+    "preset_names",
+    "run_config_from_dict",
+]

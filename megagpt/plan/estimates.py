@@ -1,0 +1,148 @@
+"""FLOPs per step and memory per rank, from published formulas.
+
+Sources: "Efficient Large-Scale Language Model Training on GPU Clusters" (arXiv 2104.04473, eq. 3) and "Reducing
+Activation Recomputation in Large Transformer Models" (arXiv 2205.05198, table 2 and appendix A) for FLOPs and
+activations; "ZeRO" (arXiv 1910.02054, section 5) for model states. Letters as there: s sequence, b micro-batch,
+h hidden size, t tensor-parallel size, L layers, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+from megagpt.plan.config import ModelConfig
+from megagpt.plan.deepspeed_config import Precision
+
+DTYPE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank of one pipeline stage. Communication buckets and the framework come on top."""
+
+    stage: int
+    """The pipeline stage that this is about."""
+    weights: int
+    """Weights in the precision of the forward pass."""
+    gradients: int
+    """Gradients in the type in which they are accumulated."""
+    optimizer: int
+    """fp32 master weights and, for AdamW, two moments."""
+    activations: int
+    """What the backward pass needs of all micro-batches in flight."""
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts in bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def model_flops_per_step(model: ModelConfig, seq_length: int, global_batch_size: int) -> int:
+    """FLOPs that one step needs, recomputation not counted: the numerator of model FLOPs utilisation (MFU).
+
+    arXiv 2205.05198, appendix A, `72 B L s h^2 (1 + s/(6h) + V/(12 h L))`, generalised to grouped queries, gated
+    MLPs and any head size: 2 FLOPs per multiply-add, backward = 2 x forward. As there, attention counts the full
+    s x s matrix although half of it is masked, and the vocabulary is the unpadded one.
+    """
+    layers, head = _forward_flops_per_token(model, seq_length)
+    return 3 * (layers + head) * seq_length * global_batch_size
+
+
+def hardware_flops_per_step(model: ModelConfig, seq_length: int, global_batch_size: int, recompute: str) -> int:
+    """FLOPs that are executed in one step: full recomputation runs each layer's forward pass twice.
+
+    With `recompute="full"` this is arXiv 2104.04473, eq. 3: `96 B s L h^2 (1 + s/(6h) + V/(16 L h))`.
+    """
+    layers, head = _forward_flops_per_token(model, seq_length)
+    return ((4 if recompute == "full" else 3) * layers + 3 * head) * seq_length * global_batch_size
+
+
+def _forward_flops_per_token(model: ModelConfig, seq_length: int) -> tuple[int, int]:
+    """FLOPs of the forward pass for one token: (all transformer layers, head)."""
+    hidden = model.hidden_size
+    query = model.num_attention_heads * model.kv_channels
+    key_value = 2 * model.num_query_groups * model.kv_channels
+    mlp = model.ffn_hidden_size * (3 if model.is_gated else 2)
+    projections = 2 * hidden * (2 * query + key_value + mlp)
+    scores_and_values = 2 * 2 * seq_length * query
+    return model.num_layers * (projections + scores_and_values), 2 * hidden * model.vocab_size
+
+
+def model_state_bytes(
+    parameters: int,
+    precision: Precision,
+    grad_accum_dtype: Precision,
+    zero_stage: int,
+    data_parallel_size: int,
+    optimizer: str,
+) -> tuple[int, int, int]:
+    """Bytes of (weights, gradients, optimizer) on one rank that holds `parameters` before ZeRO's sharding.
+
+    ZeRO (arXiv 1910.02054), 16 bit with Adam, N = data-parallel size: stage 1 `(4 + 12/N) P`, stage 2 `(2 + 14/N) P`,
+    stage 3 `16 P / N`. Gradients count 4 bytes instead of 2 when they are accumulated in fp32. DeepSpeed keeps its own
+    master copy of the weights for fp32 models too.
+    """
+    ranks = data_parallel_size
+    weights = parameters * DTYPE_BYTES[precision]
+    gradients = parameters * DTYPE_BYTES[grad_accum_dtype]
+    states = parameters * (4 + (8 if optimizer == "adamw" else 0))
+    return (
+        -(-weights // ranks) if zero_stage >= 3 else weights,
+        -(-gradients // ranks) if zero_stage >= 2 else gradients,
+        -(-states // ranks) if zero_stage >= 1 else states,
+    )
+
+
+def layer_activation_bytes(
+    model: ModelConfig, seq_length: int, microbatch_size: int, tensor_parallel_size: int, sequence_parallel: bool,
+    precision: Precision,
+) -> int:  # fmt: skip
+    """Bytes that one transformer layer keeps for the backward pass of one micro-batch.
+
+    arXiv 2205.05198, table 2, the rows "selective": `s b h (10 + 24/t)`, with sequence parallelism `34 s b h / t`;
+    the s x s attention matrix (`5 a s / h`) is never stored because attention is fused. Those constants hold for
+    multi-head attention and a 4h MLP with dropout; here they are built up from their parts: inputs of the two norms
+    and of the two projections after them (8), dropout masks (2, if any); query, key, value and the attention's output
+    (8 of the 24), inputs of activation and second MLP projection (16 of the 24).
+    """
+    tokens = seq_length * microbatch_size
+    width = DTYPE_BYTES[precision]
+    along_hidden = 4 * width * model.hidden_size + (2 * model.hidden_size if model.hidden_dropout > 0 else 0)
+    heads = (2 * model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
+    mlp = model.ffn_hidden_size * (3 if model.is_gated else 2)
+    split = width * (heads + mlp)
+    if sequence_parallel:
+        return tokens * (along_hidden + split) // tensor_parallel_size
+    return tokens * (along_hidden + split // tensor_parallel_size)
+
+
+def stage_activation_bytes(
+    model: ModelConfig,
+    *,
+    num_stage_layers: int,
+    microbatches_in_flight: int,
+    has_head: bool,
+    padded_vocab_size: int,
+    seq_length: int,
+    microbatch_size: int,
+    tensor_parallel_size: int,
+    sequence_parallel: bool,
+    recompute: str,
+    precision: Precision,
+) -> int:
+    """Bytes of activations on one rank of a pipeline stage at its peak.
+
+    Under 1F1B, stage p of P keeps `min(P - p, micro-batches)` micro-batches. With full recomputation each layer keeps
+    its input only (`2 s b h`, table 2), and one layer at a time is expanded. The head adds its fp32 logits
+    (`4 s b V / t`).
+    """
+    layer = layer_activation_bytes(
+        model, seq_length, microbatch_size, tensor_parallel_size, sequence_parallel, precision
+    )
+    tokens = seq_length * microbatch_size
+    if recompute == "full":
+        layer_input = DTYPE_BYTES[precision] * tokens * model.hidden_size
+        if sequence_parallel:
+            layer_input //= tensor_parallel_size
+        kept = num_stage_layers * microbatches_in_flight * layer_input + layer
+    else:
+        kept = num_stage_layers * microbatches_in_flight * layer
+    return kept + (4 * tokens * padded_vocab_size // tensor_parallel_size if has_head else 0)

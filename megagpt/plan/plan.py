@@ -1,0 +1,226 @@
+"""The Plan: everything that follows from run config, DeepSpeed config and number of ranks, worked out once."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from megagpt.errors import ConfigError
+from megagpt.plan.batch import Batch, resolve_batch
+from megagpt.plan.config import ModelConfig, RunConfig
+from megagpt.plan.deepspeed_config import DeepSpeedConfig, Precision
+from megagpt.plan.estimates import (
+    MemoryEstimate,
+    hardware_flops_per_step,
+    model_flops_per_step,
+    model_state_bytes,
+    stage_activation_bytes,
+)
+from megagpt.plan.layout import (
+    count_parameters,
+    padded_vocab_size,
+    pipeline_stage_bounds,
+    stage_parameters_per_rank,
+    transformer_layers_of_stage,
+)
+from megagpt.plan.rules import check_all
+
+NEVER = 1 << 60  # steps between DeepSpeed's own progress lines: ours replace them
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training run, resolved and checked. Sizes that depend on the layout have their one home here."""
+
+    run: RunConfig
+    deepspeed: DeepSpeedConfig
+    world_size: int
+    """Ranks: tensor_parallel_size x pipeline_parallel_size x data_parallel_size."""
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    data_parallel_size: int
+    microbatch_size: int
+    """Samples per micro-batch on one data-parallel rank."""
+    num_microbatches: int
+    """Micro-batches per step (gradient accumulation)."""
+    global_batch_size: int
+    """Samples per step over all ranks."""
+    precision: Precision
+    """Type of the weights in forward and backward passes."""
+    zero_stage: int
+    """The ZeRO stage that is run (a requested stage 0 is run as 1)."""
+    grad_accum_dtype: Precision
+    """Type in which gradients are accumulated."""
+    gradient_clipping: float
+    """Largest norm of the gradients; 0.0 is off."""
+    seq_length: int
+    """Tokens per sample."""
+    padded_vocab_size: int
+    """Rows of the embedding table over all tensor-parallel ranks."""
+    stage_bounds: tuple[int, ...]
+    """Stage p holds the pipeline layers `stage_bounds[p] .. stage_bounds[p + 1] - 1` of the list
+    [embedding, transformer layers, final norm, head]."""
+    num_parameters: int
+    """Parameters of the whole model, without padding."""
+    flops_per_step: int
+    """Model FLOPs of one step over all ranks (recomputation not counted)."""
+    hardware_flops_per_step: int
+    """FLOPs executed in one step over all ranks, recomputation included."""
+    memory_per_stage: tuple[MemoryEstimate, ...]
+    """Estimated bytes on one rank of each stage."""
+    notes: tuple[str, ...]
+    """What the user should know but need not mend."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture, with all defaults resolved."""
+        return self.run.model
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per step over all ranks."""
+        return self.global_batch_size * self.seq_length
+
+    @property
+    def memory(self) -> MemoryEstimate:
+        """Estimated bytes on one rank of the stage that needs most."""
+        return max(self.memory_per_stage, key=lambda estimate: estimate.total)
+
+    def transformer_layers_of_stage(self, stage: int) -> range:
+        """Transformer layers of one pipeline stage, counted from 0 over the whole model."""
+        return transformer_layers_of_stage(self.stage_bounds, stage)
+
+    def engine_config(self) -> dict[str, Any]:
+        """What is handed to `deepspeed.initialize`: a copy of the JSON with everything resolved."""
+        config = copy.deepcopy(self.deepspeed.raw)
+        config |= {
+            "train_batch_size": self.global_batch_size,
+            "train_micro_batch_size_per_gpu": self.microbatch_size,
+            "gradient_accumulation_steps": self.num_microbatches,
+            "gradient_clipping": self.gradient_clipping,
+            "steps_per_print": NEVER,
+        }
+        config.setdefault("zero_optimization", {})["stage"] = self.zero_stage
+        config.setdefault("data_types", {})["grad_accum_dtype"] = self.grad_accum_dtype
+        if self.run.optimizer.name == "sgd":
+            # DeepSpeed lists the Adams it has tested under ZeRO; plain SGD is not among them
+            config["zero_allow_untested_optimizer"] = True
+        if self.run.parallel.sequence_parallel:
+            # the defaults assume activations replicated over tensor-parallel ranks, which would be wrong here
+            config.setdefault("pipeline", {}).update(pipe_partitioned=False, grad_partitioned=False)
+        return config
+
+
+def make_plan(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> Plan:
+    """Check every rule and work out the Plan.
+
+    Args:
+        world_size: number of ranks, or the number that the plan is made for.
+
+    Raises:
+        ConfigError: one or more rules are broken; all of them are reported.
+    """
+    problems = check_all(run, deepspeed, world_size)
+    tensor, pipeline = run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size
+    data = world_size // (tensor * pipeline)
+    batch = None
+    if data >= 1 and world_size % (tensor * pipeline) == 0:  # else the data-parallel size itself is unknown
+        try:
+            batch = resolve_batch(deepspeed, data)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    assert batch is not None
+    model, seq_length = run.model, run.training.seq_length
+    zero_stage = max(deepspeed.zero_stage, 1)
+    # 16-bit sums over many micro-batches lose small gradients, so fp32 unless the JSON asks otherwise
+    grad_accum_dtype = deepspeed.grad_accum_dtype or "fp32"
+    padded_vocab = padded_vocab_size(model.vocab_size, run.parallel.make_vocab_size_divisible_by, tensor)
+    bounds = pipeline_stage_bounds(model.num_layers, pipeline)
+    return Plan(
+        run=run,
+        deepspeed=deepspeed,
+        world_size=world_size,
+        tensor_parallel_size=tensor,
+        pipeline_parallel_size=pipeline,
+        data_parallel_size=data,
+        microbatch_size=batch.microbatch_size,
+        num_microbatches=batch.num_microbatches,
+        global_batch_size=batch.global_batch_size,
+        precision=deepspeed.precision,
+        zero_stage=zero_stage,
+        grad_accum_dtype=grad_accum_dtype,
+        gradient_clipping=deepspeed.gradient_clipping,
+        seq_length=seq_length,
+        padded_vocab_size=padded_vocab,
+        stage_bounds=bounds,
+        num_parameters=count_parameters(model),
+        flops_per_step=model_flops_per_step(model, seq_length, batch.global_batch_size),
+        hardware_flops_per_step=hardware_flops_per_step(
+            model, seq_length, batch.global_batch_size, run.training.recompute_granularity
+        ),
+        memory_per_stage=tuple(
+            _estimate_memory(
+                run, deepspeed.precision, grad_accum_dtype, zero_stage, data, batch, padded_vocab, bounds, p
+            )
+            for p in range(pipeline)
+        ),
+        notes=tuple(_notes(run, deepspeed, batch)),
+    )
+
+
+def _estimate_memory(
+    run: RunConfig,
+    precision: Precision,
+    grad_accum_dtype: Precision,
+    zero_stage: int,
+    data_parallel_size: int,
+    batch: Batch,
+    padded_vocab: int,
+    bounds: tuple[int, ...],
+    stage: int,
+) -> MemoryEstimate:
+    """Estimate the bytes on one rank of one pipeline stage."""
+    parallel = run.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    weights, gradients, optimizer = model_state_bytes(
+        stage_parameters_per_rank(run.model, bounds, stage, tensor, padded_vocab),
+        precision,
+        grad_accum_dtype,
+        zero_stage,
+        data_parallel_size,
+        run.optimizer.name,
+    )
+    activations = stage_activation_bytes(
+        run.model,
+        num_stage_layers=len(transformer_layers_of_stage(bounds, stage)),
+        microbatches_in_flight=min(pipeline - stage, batch.num_microbatches),
+        has_head=stage == pipeline - 1,
+        padded_vocab_size=padded_vocab,
+        seq_length=run.training.seq_length,
+        microbatch_size=batch.microbatch_size,
+        tensor_parallel_size=tensor,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute=run.training.recompute_granularity,
+        precision=precision,
+    )
+    return MemoryEstimate(stage, weights, gradients, optimizer, activations)
+
+
+def _notes(run: RunConfig, deepspeed: DeepSpeedConfig, batch: Batch) -> list[str]:
+    notes = []
+    if deepspeed.zero_stage == 0:
+        notes.append(
+            "ZeRO stage 0 runs as stage 1: DeepSpeed's stage 0 reports wrong gradient norms under tensor or pipeline "
+            "parallelism and fails in 16 bit; the results are the same"
+        )
+    stages, microbatches = run.parallel.pipeline_model_parallel_size, batch.num_microbatches
+    if microbatches < stages:
+        bubble = (stages - 1) / (microbatches + stages - 1)
+        notes.append(
+            f"{microbatches} micro-batches for {stages} pipeline stages: each stage idles {bubble:.0%} of the time "
+            "((p-1)/(m+p-1)); a larger train_batch_size or a smaller micro-batch shrinks the bubble"
+        )
+    if run.model.attention_dropout > 0 or run.model.hidden_dropout > 0:
+        notes.append("dropout is on: results depend on the layout through the random numbers of each rank")
+    return notes

@@ -1,0 +1,188 @@
+"""Rules that span sections or files. Each function returns one sentence per broken rule, with the fix."""
+
+import math
+from collections.abc import Iterable
+
+from megagpt.plan.config import ModelConfig, RunConfig
+from megagpt.plan.deepspeed_config import DeepSpeedConfig
+from megagpt.plan.wording import or_list
+
+
+def check_all(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> list[str]:
+    """Check every rule but the batch sizes, which `batch.py` resolves.
+
+    Args:
+        world_size: number of ranks.
+    """
+    return [
+        *check_ranks(run, world_size),
+        *check_model(run.model),
+        *check_tensor_parallel(run),
+        *check_pipeline(run, deepspeed),
+        *check_sequence(run),
+        *check_schedule(run),
+        *check_data_and_outputs(run),
+        *check_deepspeed(run, deepspeed),
+    ]
+
+
+def check_ranks(run: RunConfig, world_size: int) -> list[str]:
+    """The number of ranks must be TP x PP x DP."""
+    tensor, pipeline = run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size
+    unit = tensor * pipeline
+    if world_size >= 1 and world_size % unit == 0:
+        return []
+    below = world_size // unit * unit
+    sizes = or_list(size for size in (below, below + unit) if size > 0)
+    return [
+        f"world size {world_size} is not a multiple of parallel.tensor_model_parallel_size x "
+        f"pipeline_model_parallel_size = {tensor} x {pipeline} = {unit}; start {sizes} ranks, or change the layout"
+    ]
+
+
+def check_model(model: ModelConfig) -> list[str]:
+    """Sizes of the model that must fit each other."""
+    problems = []
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    if heads % groups:
+        problems.append(
+            f"model.num_attention_heads={heads} is not divisible by model.num_query_groups={groups}; use "
+            f"num_query_groups {or_list(divisors(heads))}"
+        )
+    rotated = int(model.kv_channels * model.rotary_percent)
+    if model.position_embedding_type == "rope" and (rotated % 2 or rotated == 0):
+        problems.append(
+            f"model.kv_channels={model.kv_channels} x model.rotary_percent={model.rotary_percent} gives {rotated} "
+            "rotated channels, but they are rotated in pairs; choose values whose product is even and not 0"
+        )
+    return problems
+
+
+def check_tensor_parallel(run: RunConfig) -> list[str]:
+    """What is split over tensor-parallel ranks must divide."""
+    model, tensor = run.model, run.parallel.tensor_model_parallel_size
+    works = math.gcd(model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size)
+    problems = []
+    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        value = getattr(model, key)
+        if value % tensor:
+            problems.append(
+                f"model.{key}={value} is not divisible by parallel.tensor_model_parallel_size={tensor}; use "
+                f"{or_list(divisors(works))}"
+            )
+    if run.parallel.sequence_parallel and tensor == 1:
+        problems.append(
+            "parallel.sequence_parallel=true splits the sequence over tensor-parallel ranks, but "
+            "parallel.tensor_model_parallel_size=1; set sequence_parallel to false, or tensor_model_parallel_size "
+            "above 1"
+        )
+    return problems
+
+
+def check_pipeline(run: RunConfig, deepspeed: DeepSpeedConfig) -> list[str]:
+    """Every stage needs a transformer layer; ZeRO 2 and 3 do not go with stages."""
+    problems = []
+    layers, stages = run.model.num_layers, run.parallel.pipeline_model_parallel_size
+    if layers < stages:
+        problems.append(
+            f"model.num_layers={layers} is less than parallel.pipeline_model_parallel_size={stages}; use at most "
+            f"{layers} stages"
+        )
+    if stages > 1 and deepspeed.zero_stage >= 2:
+        problems.append(
+            f"{deepspeed.source}: zero_optimization.stage={deepspeed.zero_stage} does not go with "
+            f"parallel.pipeline_model_parallel_size={stages}: sharded gradients would be reduced once per "
+            "micro-batch; use stage 1, or pipeline_model_parallel_size=1"
+        )
+    return problems
+
+
+def check_sequence(run: RunConfig) -> list[str]:
+    """The length of samples must fit positions and sequence parallelism."""
+    problems = []
+    length, longest = run.training.seq_length, run.model.max_position_embeddings
+    tensor = run.parallel.tensor_model_parallel_size
+    if length > longest:
+        problems.append(
+            f"training.seq_length={length} is more than model.max_position_embeddings={longest}; shorten the samples, "
+            "or raise max_position_embeddings"
+        )
+    if run.parallel.sequence_parallel and length % tensor:
+        below = length // tensor * tensor
+        problems.append(
+            f"training.seq_length={length} is not divisible by parallel.tensor_model_parallel_size={tensor}, which "
+            f"parallel.sequence_parallel=true needs; use {or_list(x for x in (below, below + tensor) if x > 0)}"
+        )
+    return problems
+
+
+def check_schedule(run: RunConfig) -> list[str]:
+    """The learning rate warms up, then decays down to min_lr."""
+    problems = []
+    optimizer = run.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        problems.append(
+            f"optimizer.min_lr={optimizer.min_lr:g} is more than optimizer.lr={optimizer.lr:g}; use at most "
+            f"{optimizer.lr:g} (a tenth of it is usual)"
+        )
+    if optimizer.warmup_steps >= optimizer.decay_steps:
+        problems.append(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} is not less than optimizer.decay_steps="
+            f"{optimizer.decay_steps} (default: training.steps); use at most {optimizer.decay_steps - 1}"
+        )
+    return problems
+
+
+def check_data_and_outputs(run: RunConfig) -> list[str]:
+    """Shares of the data, and where checkpoints go."""
+    problems = []
+    split = run.data.split
+    if min(split) < 0 or split[0] <= 0:
+        problems.append(
+            f"data.split={list(split)} must hold shares of at least 0, and the first (training) must be above 0; "
+            "for example [90, 5, 5]"
+        )
+    if run.checkpoint.directory is None and run.checkpoint.save_interval > 0:
+        problems.append(
+            f"checkpoint.save_interval={run.checkpoint.save_interval} needs a place to save to; set "
+            "checkpoint.directory, or save_interval to 0"
+        )
+    return problems
+
+
+def check_deepspeed(run: RunConfig, deepspeed: DeepSpeedConfig) -> list[str]:
+    """What DeepSpeed could do, but megagpt does not support."""
+    problems = []
+    if deepspeed.precision == "fp16":
+        problems.append(f"{deepspeed.source}: fp16 is not supported yet; use bf16")
+    zero = deepspeed.raw.get("zero_optimization", {})
+    offloads = [key for key in ("offload_optimizer", "offload_param") if _offload_device(zero.get(key)) != "none"]
+    offloads += [key for key in ("cpu_offload", "cpu_offload_param", "zenflow") if zero.get(key)]
+    for key in offloads:
+        problems.append(
+            f"{deepspeed.source}: zero_optimization.{key} is not supported yet; remove it, and use a higher ZeRO "
+            "stage, more tensor-parallel ranks or training.recompute_granularity=full to save memory"
+        )
+    pipeline = deepspeed.raw.get("pipeline", {})
+    if run.parallel.sequence_parallel:
+        for key in ("pipe_partitioned", "grad_partitioned"):
+            if pipeline.get(key):
+                # DeepSpeed would take the activations' shards along the sequence for copies of each other
+                problems.append(
+                    f"{deepspeed.source}: pipeline.{key}=true does not go with parallel.sequence_parallel=true; "
+                    "remove it"
+                )
+    return problems
+
+
+def divisors(number: int) -> Iterable[int]:
+    """All divisors, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _offload_device(section: object) -> str:
+    """Device of an offload section; DeepSpeed's default inside a written section is none."""
+    if section is None:
+        return "none"
+    return str(section.get("device", "none")) if isinstance(section, dict) else "unknown"
