@@ -86,10 +86,10 @@ class Row:
 class _Source:
     """Where one Hugging Face tensor comes from: part `part` of a split canonical tensor."""
 
-    canonical: str
+    canonical: str | None  # None: zeros, because the family demands a bias that the model does not have
     shape: tuple[int, ...]  # of the Hugging Face tensor
-    row: Row
-    part: int
+    reshaping: Reshaping = SAME
+    part: int = 0
 
 
 # --------------------------------------------------------------------------------------------------------- families
@@ -100,7 +100,9 @@ class Family:
     """A Hugging Face architecture: what it can express, its config and its tensors.
 
     `requires` lists the values allowed for a key of the model config; `checks` covers what needs several keys and
-    returns one sentence per obstacle.
+    returns one sentence per obstacle. `zeros` names modules of a layer whose bias the family demands although the
+    model has none; it is written as zeros, which changes no logit. `brings_tokenizer`: transformers' AutoTokenizer
+    loads every folder of this family with the family's own tokenizer, whatever the folder's tokenizer files say.
     """
 
     name: str
@@ -109,6 +111,8 @@ class Family:
     requires: Mapping[str, tuple[Any, ...]]
     checks: Callable[[ModelConfig, Dims], list[str]]
     config: Callable[[ModelConfig, Dims], dict[str, Any]]
+    zeros: Callable[[ModelConfig], tuple[str, ...]] = lambda model: ()
+    brings_tokenizer: bool = False
 
     def obstacles(self, model: ModelConfig) -> list[str]:
         """What keeps this family from expressing the model exactly: one phrase per key; empty if it fits."""
@@ -144,9 +148,11 @@ class Family:
         source = _sources(self, model).get(name)
         if source is None:
             raise ConversionError(f"{name} is not a tensor of the {self.name} family for this model config")
+        if source.canonical is None:
+            return torch.zeros(source.shape)
         tensor = read(source.canonical)
         _check_shape(source.canonical, tensor, canonical_shapes(model)[source.canonical])
-        return source.row.reshaping.split(Dims.of(model), tensor)[source.part].contiguous()
+        return source.reshaping.split(Dims.of(model), tensor)[source.part].contiguous()
 
     def from_hf(self, canonical: str, read_hf: Read, model: ModelConfig) -> Tensor:
         """Make one canonical tensor: the inverse of `to_hf`.
@@ -165,19 +171,23 @@ class Family:
         for name, source in parts:
             tensors.append(read_hf(name))
             _check_shape(name, tensors[-1], source.shape)
-        return parts[0][1].row.reshaping.join(Dims.of(model), tuple(tensors)).contiguous()
+        return parts[0][1].reshaping.join(Dims.of(model), tuple(tensors)).contiguous()
 
-    def check_hf_names(self, names: Iterable[str], model: ModelConfig, where: str) -> None:
-        """Account for every tensor of a Hugging Face folder.
+    def check_hf(self, names: Iterable[str], read_hf: Read, model: ModelConfig, where: str) -> None:
+        """Account for every tensor of a Hugging Face folder before `from_hf`.
 
         Args:
             names: tensor names found there.
+            read_hf: gives the tensor of a Hugging Face name; called only for biases that the model does not have.
             where: the folder or file, for the message.
 
         Raises:
-            ConversionError: names are missing or unknown; the message lists them.
+            ConversionError: names are missing or unknown, or a bias that the model lacks is not zero.
         """
         check_names(names, self.hf_names(model), where)
+        for name, source in _sources(self, model).items():
+            if source.canonical is None and bool(read_hf(name).any()):
+                raise ConversionError(f"{where}: {name} is not zero but this model config has no such bias")
 
     def hf_config(self, model: ModelConfig, tokens: TokenIds, dtype: Dtype = "float32") -> dict[str, Any]:
         """Content of config.json, read alike by transformers 4 and 5.
@@ -226,7 +236,9 @@ def _sources(family: Family, model: ModelConfig) -> dict[str, _Source]:
         assert len(parts) == len(row.hf), row
         for part, (hf_module, tensor) in enumerate(zip(row.hf, parts, strict=True)):
             hf_name = f"{hf_module.format(i=layer)}.{kind}"
-            sources[hf_name] = _Source(canonical, tuple(tensor.shape), row, part)
+            sources[hf_name] = _Source(canonical, tuple(tensor.shape), row.reshaping, part)
+            if kind == "weight" and hf_module in family.zeros(model):
+                sources[f"{hf_module.format(i=layer)}.bias"] = _Source(None, (tensor.shape[0],))
     if unmapped:
         raise ConversionError(f"the {family.name} family has no place for {', '.join(unmapped)}")
     return sources
@@ -269,9 +281,13 @@ def _llama_checks(model: ModelConfig, dims: Dims) -> list[str]:
     found = _even_rotary(model, dims)
     if model.hidden_size % dims.heads:
         found.append(f"model.hidden_size={model.hidden_size} (must be a multiple of num_attention_heads={dims.heads})")
-    if model.add_qkv_bias and not model.add_bias_linear:
-        found.append("model.add_qkv_bias=True without add_bias_linear (attention biases come all or none)")
     return found
+
+
+def _llama_zeros(model: ModelConfig) -> tuple[str, ...]:
+    """Llama's attention has biases in all four projections or in none."""
+    only_qkv = model.add_qkv_bias and not model.add_bias_linear
+    return ("model.layers.{i}.self_attn.o_proj",) if only_qkv else ()
 
 
 def _llama_config(model: ModelConfig, dims: Dims) -> dict[str, Any]:
@@ -288,7 +304,7 @@ def _llama_config(model: ModelConfig, dims: Dims) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
         "rope_theta": model.rotary_base,  # transformers 4
         "attention_dropout": model.attention_dropout,
-        "attention_bias": model.add_bias_linear,
+        "attention_bias": model.add_bias_linear or model.add_qkv_bias,
         "mlp_bias": model.add_bias_linear,
     }
 
@@ -400,7 +416,6 @@ _BIASED_LAYERNORM: dict[str, tuple[Any, ...]] = {
 }
 
 FAMILIES: tuple[Family, ...] = (
-    Family("llama", "LlamaForCausalLM", _llama_rows(), _LLAMA_REQUIRES, _llama_checks, _llama_config),
     Family(
         "qwen2",
         "Qwen2ForCausalLM",
@@ -408,7 +423,9 @@ FAMILIES: tuple[Family, ...] = (
         _LLAMA_REQUIRES | {"add_qkv_bias": (True,), "add_bias_linear": (False,)},
         _even_rotary,
         _qwen2_config,
+        brings_tokenizer=True,
     ),
+    Family("llama", "LlamaForCausalLM", _llama_rows(), _LLAMA_REQUIRES, _llama_checks, _llama_config, _llama_zeros),
     Family(
         "gpt2",
         "GPT2LMHeadModel",
@@ -428,16 +445,23 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def family_for(model: ModelConfig) -> Family:
-    """The family that expresses the model exactly.
+def family_for(model: ModelConfig, own_tokenizer: bool = False) -> Family:
+    """The first family that expresses the model exactly.
+
+    Args:
+        own_tokenizer: the folder will hold our tokenizer, so families that bring their own are passed over.
 
     Raises:
         ConversionError: none does; the message lists per family the keys that stand in the way.
     """
-    obstacles = {family.name: family.obstacles(model) for family in FAMILIES}
+    obstacles = {}
     for family in FAMILIES:
-        if not obstacles[family.name]:
+        found = family.obstacles(model)
+        if own_tokenizer and family.brings_tokenizer:
+            found.append("transformers replaces the tokenizer of this family by another one")
+        if not found:
             return family
+        obstacles[family.name] = found
     lines = [f"  {name}: {'; '.join(found)}" for name, found in obstacles.items()]
     raise ConversionError(
         "no Hugging Face family expresses this model exactly; to export, train with keys that one of them allows:\n"

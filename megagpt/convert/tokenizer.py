@@ -8,6 +8,7 @@ which is what "leftmost first" means where two such pairs overlap (`aba` in `ab|
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def read_pieces(path: str | Path) -> Pieces:
         DataError: the file is missing or not a sentencepiece model.
         ConversionError: the model has a setting that the exported tokenizer could not reproduce.
     """
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
@@ -153,8 +154,8 @@ def build_tokenizer(pieces: Pieces) -> Any:
     return tokenizer
 
 
-def export_tokenizer(path: str | Path, folder: str | Path, max_length: int) -> TokenIds:
-    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json into an existing folder.
+def export_tokenizer(path: str | Path, folder: str | Path, vocab_size: int, max_length: int) -> TokenIds:
+    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and tokenizer.model into a folder.
 
     No `<s>` precedes a document in training: each document follows the end-of-document token, which is therefore
     declared as both beginning and end, as GPT-2 and GPT-NeoX do. Text that looks like a special token (`</s>`) is
@@ -163,6 +164,7 @@ def export_tokenizer(path: str | Path, folder: str | Path, max_length: int) -> T
     Args:
         path: sentencepiece .model file.
         folder: where the files go.
+        vocab_size: rows of the model's embedding.
         max_length: longest sequence of the model, in tokens.
 
     Returns:
@@ -170,10 +172,15 @@ def export_tokenizer(path: str | Path, folder: str | Path, max_length: int) -> T
 
     Raises:
         DataError: the file is missing or not a sentencepiece model.
-        ConversionError: the model cannot be reproduced exactly, or lacks an end-of-document token.
+        ConversionError: the tokenizer cannot be reproduced exactly, lacks an end-of-document token or has more pieces
+            than the model has rows.
     """
     pieces = read_pieces(path)
     ids = pieces.ids
+    if len(pieces.texts) > vocab_size:
+        raise ConversionError(
+            f"{path} has {len(pieces.texts)} pieces but model.vocab_size={vocab_size}; give the tokenizer of the model"
+        )
     if ids.eos is None:
         raise ConversionError(
             f"{path}: has no eos piece, which marks the end of a document; retrain it with eos_id >= 0"
@@ -200,4 +207,5 @@ def export_tokenizer(path: str | Path, folder: str | Path, max_length: int) -> T
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, content in (("tokenizer_config.json", settings), ("special_tokens_map.json", special)):
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.copyfile(path, folder / "tokenizer.model")  # for programs that read sentencepiece; AutoTokenizer does not
     return TokenIds(bos=ids.eos, eos=ids.eos, pad=ids.pad)

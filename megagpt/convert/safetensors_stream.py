@@ -1,0 +1,112 @@
+"""Safetensors files written one tensor at a time, so that memory holds one tensor and not a shard.
+
+Layout: header length (u64, little-endian), JSON header padded with spaces to a multiple of 8, then the tensors' bytes
+without gaps in the header's order; each header entry is {"dtype", "shape", "data_offsets": [begin, end]}.
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megagpt.errors import ConversionError
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """Size in bytes and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def plan_shards(shapes: Shapes, dtype: torch.dtype, max_shard_bytes: int) -> list[dict[str, tuple[int, ...]]]:
+    """Cut tensors, in their order, into shards of at most `max_shard_bytes`; a larger tensor has a shard of its own.
+
+    Raises:
+        ConversionError: `max_shard_bytes` is not positive.
+    """
+    if max_shard_bytes < 1:
+        raise ConversionError(f"max_shard_bytes={max_shard_bytes} must be at least 1; the usual value is 5000000000")
+    shards: list[dict[str, tuple[int, ...]]] = []
+    room = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        if not shards or size > room:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][name] = shape
+        room -= size
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    """File names as transformers expects them."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def write_safetensors(path: Path, shapes: Shapes, dtype: torch.dtype, make: Callable[[str], Tensor]) -> WrittenFile:
+    """Write one safetensors file and force it to disk.
+
+    Args:
+        path: file to create; an existing one is an error.
+        shapes: names and shapes, in the order of the file.
+        dtype: float32, bfloat16 or float16; tensors are rounded to it.
+        make: gives the tensor of a name; called once per name, in order.
+
+    Raises:
+        ConversionError: a value is not finite, or not in `dtype`'s range.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    digest = hashlib.sha256()
+    with open(path, "xb") as file:
+        for block in (struct.pack("<Q", len(encoded)), encoded):
+            digest.update(block)
+            file.write(block)
+        for name, shape in shapes.items():
+            tensor = make(name)
+            assert tuple(tensor.shape) == shape, name
+            data = _rounded(name, tensor, dtype).reshape(-1).view(torch.uint8).numpy().data
+            digest.update(data)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    assert size == 8 + len(encoded) + end
+    return WrittenFile(size, digest.hexdigest())
+
+
+def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.detach().cpu()
+    rounded = tensor.to(dtype).contiguous()
+    if not bool(torch.isfinite(rounded).all()):
+        if bool(torch.isfinite(tensor).all()):
+            largest = float(tensor.abs().max())
+            raise ConversionError(
+                f"{name} has the value {largest:g}, beyond the range of {str(dtype).removeprefix('torch.')}; "
+                "export as bfloat16 or float32"
+            )
+        raise ConversionError(
+            f"{name} has values that are not finite; the run has diverged, export an earlier checkpoint"
+        )
+    return rounded

@@ -1,0 +1,224 @@
+"""Write a model as a Hugging Face folder: weights, config, tokenizer, model card and a manifest of all files.
+
+Everything goes into a folder beside the target, is forced to disk and renamed at the end: a reader never sees half an
+export. Memory holds one tensor at a time.
+"""
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import megagpt
+from megagpt.convert.canonical import canonical_shapes, check_names
+from megagpt.convert.model_card import model_card
+from megagpt.convert.safetensors_stream import (
+    TORCH_DTYPES,
+    WrittenFile,
+    plan_shards,
+    shard_names,
+    write_safetensors,
+)
+from megagpt.convert.tables import Dtype, Family, Read, TokenIds, family_for
+from megagpt.convert.tokenizer import export_tokenizer
+from megagpt.errors import ConversionError
+from megagpt.plan.config import ModelConfig
+
+MANIFEST = "megagpt_export.json"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `write_hf_folder` made."""
+
+    folder: Path
+    family: str
+    parameters: int
+    weight_bytes: int
+    files: dict[str, WrittenFile]
+
+
+def write_hf_folder(
+    folder: str | Path,
+    model: ModelConfig,
+    read: Read,
+    names: Iterable[str],
+    tokenizer_path: str | Path | None,
+    dtype: Dtype = "float32",
+    max_shard_bytes: int = 5_000_000_000,
+    card: Mapping[str, object] | None = None,
+    overwrite: bool = False,
+) -> Export:
+    """Export a model to a folder that transformers loads.
+
+    Args:
+        folder: target; its parent is created if need be.
+        model: the model as trained.
+        read: gives the full fp32 tensor of a canonical name (see `canonical.py`).
+        names: all canonical names that the source has.
+        tokenizer_path: sentencepiece .model file; None exports weights only.
+        dtype: type of the stored weights.
+        max_shard_bytes: largest weight file, unless one tensor alone is larger.
+        card: facts about the training run for the model card: label -> value.
+        overwrite: replace an earlier export at `folder`.
+
+    Raises:
+        ConversionError: no family expresses the model, names or shapes do not fit it, the tokenizer does not fit it,
+            weights are not finite, or `folder` exists and must not be replaced.
+        DataError: the tokenizer file is missing or damaged.
+    """
+    folder = Path(os.path.abspath(folder))
+    family = family_for(model, own_tokenizer=tokenizer_path is not None)
+    if dtype not in TORCH_DTYPES:
+        raise ConversionError(f"dtype={dtype} is unknown; use {', '.join(TORCH_DTYPES)}")
+    check_names(names, canonical_shapes(model), "the model to export")
+    _check_target(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
+    partial.mkdir()
+    try:
+        export = _write_all(partial, folder, family, model, read, tokenizer_path, dtype, max_shard_bytes, card or {})
+        _fsync(partial)
+        _move_into_place(partial, folder, overwrite)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return export
+
+
+def _write_all(
+    partial: Path,
+    folder: Path,
+    family: Family,
+    model: ModelConfig,
+    read: Read,
+    tokenizer_path: str | Path | None,
+    dtype: Dtype,
+    max_shard_bytes: int,
+    card: Mapping[str, object],
+) -> Export:
+    # The tokenizer first: it is small, and what is wrong with it shows before gigabytes are written.
+    tokens = TokenIds()
+    if tokenizer_path is not None:
+        tokens = export_tokenizer(tokenizer_path, partial, model.vocab_size, model.max_position_embeddings)
+    files = _write_weights(partial, family, model, read, dtype, max_shard_bytes)
+    weight_bytes = sum(file.bytes for name, file in files.items() if name.endswith(".safetensors"))
+    parameters = sum(math.prod(shape) for shape in family.hf_shapes(model).values())
+    _write_json(partial / "config.json", family.hf_config(model, tokens, dtype))
+    special = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
+    known = {key: value for key, value in special.items() if value is not None}
+    _write_json(partial / "generation_config.json", {"_from_model_config": True, **known})
+    text = model_card(folder.name, family, model, parameters, dtype, tokenizer_path is not None, card)
+    (partial / "README.md").write_text(text, encoding="utf-8")
+    for path in sorted(partial.iterdir()):
+        if path.name not in files:
+            files[path.name] = _describe(path)
+    _write_json(
+        partial / MANIFEST,
+        {
+            "made_by": f"megagpt {megagpt.__version__}",
+            "family": family.name,
+            "dtype": dtype,
+            "parameters": parameters,
+            "model": model.model_dump(mode="json"),
+            "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in sorted(files.items())},
+        },
+    )
+    _fsync(partial / MANIFEST)
+    return Export(folder, family.name, parameters, weight_bytes, files)
+
+
+def _write_weights(
+    partial: Path, family: Family, model: ModelConfig, read: Read, dtype: Dtype, max_shard_bytes: int
+) -> dict[str, WrittenFile]:
+    """Write the weight files and, for more than one, their index."""
+    torch_dtype, all_shapes = TORCH_DTYPES[dtype], family.hf_shapes(model)
+    shards = plan_shards(all_shapes, torch_dtype, max_shard_bytes)
+    read_once = _keep_last(read)
+
+    def make(name: str) -> Tensor:
+        return family.to_hf(name, read_once, model)
+
+    files, weight_map = dict[str, WrittenFile](), dict[str, str]()
+    for file_name, shapes in zip(shard_names(len(shards)), shards, strict=True):
+        files[file_name] = write_safetensors(partial / file_name, shapes, torch_dtype, make)
+        weight_map |= dict.fromkeys(shapes, file_name)
+    if len(shards) > 1:
+        parameters = sum(math.prod(shape) for shape in all_shapes.values())
+        metadata = {"total_parameters": parameters, "total_size": parameters * torch_dtype.itemsize}
+        _write_json(partial / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
+    return files
+
+
+def _keep_last(read: Read) -> Read:
+    """Query, key and value come from one canonical tensor, one after another: read it once."""
+    last: tuple[str, Tensor] | None = None
+
+    def read_once(name: str) -> Tensor:
+        nonlocal last
+        if last is None or last[0] != name:
+            last = None  # frees the previous tensor before the next one is read
+            last = (name, read(name))
+        return last[1]
+
+    return read_once
+
+
+# ------------------------------------------------------------------------------------------------------- the folder
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    if not os.path.lexists(folder):
+        return
+    if not overwrite:
+        raise ConversionError(f"{folder} exists; give another folder or allow overwriting")
+    if folder.is_symlink() or not folder.is_dir():
+        raise ConversionError(f"{folder} is not a folder; remove it or give another name")
+    if any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise ConversionError(f"{folder} is not an export of megagpt (it has no {MANIFEST}); give another folder")
+
+
+def _move_into_place(partial: Path, folder: Path, overwrite: bool) -> None:
+    """Rename; an earlier export steps aside first and comes back if that fails."""
+    _check_target(folder, overwrite)
+    aside = None
+    if folder.exists():
+        aside = folder.parent / f".{folder.name}.replaced-{secrets.token_hex(4)}"
+        os.rename(folder, aside)
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        if aside is not None:
+            os.rename(aside, folder)
+        raise
+    _fsync(folder.parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _describe(path: Path) -> WrittenFile:
+    """Size and hash of a small file, after forcing it to disk."""
+    _fsync(path)
+    content = path.read_bytes()
+    return WrittenFile(len(content), hashlib.sha256(content).hexdigest())
+
+
+def _fsync(path: Path) -> None:
+    """Force a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
