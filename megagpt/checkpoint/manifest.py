@@ -1,0 +1,134 @@
+"""The manifest: what a checkpoint holds, which file holds which part, and how to tell that a file is whole.
+
+A checkpoint is a folder `step-00000200/` with
+
+    rank-00000.safetensors ...   per rank: the fragments of weights and moments that it owns (1-D, fp32) and its
+                                 random states, as `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `rng/NAME`
+    probe.safetensors            tokens and the trained model's logits for them
+    manifest.json                written last; a folder without it does not count
+
+It is written under a temporary name and renamed once complete.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megagpt.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+PROBE = "probe.safetensors"
+FORMAT = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class File(_Record):
+    """One file of the checkpoint."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Piece(_Record):
+    """Part of one parameter in one file: elements start ... stop-1 of a flattened tensor-parallel shard."""
+
+    file: str
+    tensor_rank: int = Field(ge=0)
+    start: int = Field(ge=0)
+    stop: int = Field(ge=0)
+
+
+class Parameter(_Record):
+    """One parameter: its full shape (vocabulary not padded) and where its parts are."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+class Manifest(_Record):
+    """Everything about a checkpoint but the tensors."""
+
+    format: int
+    megagpt: str
+    versions: dict[str, str]
+    step: int = Field(ge=0)
+    """Updates done."""
+    samples: int = Field(ge=0)
+    """Training samples consumed."""
+    run: dict[str, Any]
+    """The run config."""
+    deepspeed: dict[str, Any]
+    """The DeepSpeed config as read."""
+    world_size: int = Field(ge=1)
+    tensor_parallel_size: int = Field(ge=1)
+    pipeline_parallel_size: int = Field(ge=1)
+    padded_vocab_size: int = Field(ge=1)
+    moments: tuple[str, ...]
+    """Names of the optimizer's state tensors."""
+    parameters: dict[str, Parameter]
+    files: dict[str, File]
+    metrics: dict[str, float]
+    """Last known losses."""
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: it is missing, not JSON, of another format version, or names files outside the folder.
+    """
+    path = folder / MANIFEST
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing, so the checkpoint was never completed; use another one") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); use another checkpoint") from None
+    found = tree.get("format") if isinstance(tree, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path}: format={found!r}, this version reads format {FORMAT}; use a matching megagpt")
+    try:
+        manifest = Manifest.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: {where}: {first['msg']}; the file is damaged, use another checkpoint") from None
+    for name in manifest.files:
+        if Path(name).name != name:
+            raise CheckpointError(f"{path}: files: {name!r} lies outside the checkpoint; the manifest is not ours")
+    return manifest
+
+
+def file_problem(path: Path, expected: File, with_hash: bool = True) -> str | None:
+    """What is wrong with a file, as a sentence; None if it is whole."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return f"{path}: missing"
+    if size != expected.bytes:
+        return f"{path}: {size} bytes, {expected.bytes} expected: truncated or replaced"
+    if with_hash and sha256_of(path) != expected.sha256:
+        return f"{path}: SHA-256 differs from the manifest's: the content has changed"
+    return None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_path(path: Path) -> None:
+    """Have the operating system write a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

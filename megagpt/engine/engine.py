@@ -1,0 +1,227 @@
+"""The only file that knows both DeepSpeed engines.
+
+PipelineEngine runs the list of layers when there is more than one stage; DeepSpeedEngine runs the same list in one
+module otherwise. Losses and norms stay on the device: nothing here waits for it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import ProcessTopology
+from torch import Tensor, nn
+
+from megagpt.engine.fragments import Fragment, local_fragments
+from megagpt.model import GPT, PipelineLayer, canonical_name, initialize_weights, language_model_loss, pipeline_layers
+from megagpt.optim import build_optimizer
+from megagpt.parallel import Ranks
+from megagpt.plan import Plan
+
+Batch = tuple[Tensor, Tensor]
+"""Token ids and labels, both [B, S] int64."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update gives, on the device."""
+
+    loss: Tensor
+    """Mean loss per token of the global batch before the update."""
+    grad_norm: Tensor | float | None
+    """2-norm of the global gradient before clipping."""
+
+
+class Engine:
+    """One model in training; the same for any number of pipeline stages.
+
+    Args:
+        plan: layout and batch.
+        ranks: this process's place.
+        module: what was handed to DeepSpeed.
+        optimizer: torch's optimizer inside DeepSpeed's.
+        wrapped: DeepSpeed's engine.
+    """
+
+    def __init__(self, plan: Plan, ranks: Ranks, module: nn.Module, optimizer: torch.optim.Optimizer, wrapped: Any):
+        self.plan, self.ranks = plan, ranks
+        self.parameters = dict(named_parameters(module, plan))
+        """This rank's parameters by canonical name."""
+        self._module, self._optimizer, self._wrapped = module, optimizer, wrapped
+        self._is_pipeline = isinstance(module, PipelineModule)
+
+    def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:
+        """Take one global batch from `batches` and update the weights.
+
+        Args:
+            batches: this data-parallel rank's micro-batches, in order.
+            learning_rate: of this update.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._is_pipeline:
+            loss = self._wrapped.train_batch(batches)
+        else:
+            loss = self._accumulate(batches)
+        return StepResult(loss, self._wrapped.get_global_grad_norm())
+
+    def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
+        self._wrapped.train()
+        total = torch.zeros((), device=self.ranks.device)
+        for _ in range(self.plan.num_microbatches):
+            loss = self._wrapped(*self._to_device(next(batches)))
+            self._wrapped.backward(loss)  # divides by the number of micro-batches
+            self._wrapped.step()
+            total += loss.detach()
+        return self._mean_over_replicas(total / self.plan.num_microbatches)
+
+    def evaluate(self, batches: Iterator[Batch], num_batches: int) -> Tensor:
+        """Mean loss per token of `num_batches` global batches, without dropout.
+
+        Args:
+            batches: this data-parallel rank's micro-batches.
+            num_batches: global batches to take.
+        """
+        count = num_batches * self.plan.num_microbatches
+        if self._is_pipeline:
+            total = torch.zeros((), device=self.ranks.device)
+            for _ in range(num_batches):
+                total += self._wrapped.eval_batch(batches, num_micro_batches=self.plan.num_microbatches).squeeze()
+            return total / num_batches
+        self._wrapped.eval()
+        total = torch.zeros((), device=self.ranks.device)
+        with torch.no_grad():
+            for _ in range(count):
+                total += self._wrapped(*self._to_device(next(batches)))
+        return self._mean_over_replicas(total / count)
+
+    def logits(self, tokens_BS: Tensor) -> Tensor | None:
+        """Logits of one micro-batch, vocabulary whole and without padding.
+
+        Args:
+            tokens_BS: [micro-batch size, sequence length], the same on all ranks.
+
+        Returns:
+            [B, S, vocabulary] in fp32 on the ranks of the last stage, None elsewhere. Collective.
+        """
+        if self._is_pipeline:
+            batch = iter([(tokens_BS, tokens_BS)])
+            _, logits_SBV = self._wrapped.eval_batch(batch, return_logits=True, num_micro_batches=1)
+            if logits_SBV is None:
+                return None
+        else:
+            self._wrapped.eval()
+            with torch.no_grad():
+                logits_SBV = self._wrapped(tokens_BS.to(self.ranks.device))
+        shards = [torch.empty_like(logits_SBV) for _ in range(self.ranks.tensor_size)]
+        dist.all_gather(shards, logits_SBV.contiguous(), group=self.ranks.tensor_group)
+        return torch.cat(shards, -1)[..., : self.plan.model.vocab_size].transpose(0, 1).float()
+
+    def fragments(self) -> list[Fragment]:
+        """The parts of the fp32 master weights and moments that this rank owns."""
+        return local_fragments(self.parameters.items(), self._wrapped.optimizer, self.ranks.data_rank)
+
+    @torch.no_grad()
+    def load_weight(self, name: str, shard: Tensor) -> None:
+        """Set the weight that the forward pass uses (not the master copy).
+
+        Args:
+            name: canonical name.
+            shard: this rank's tensor-parallel shard, any dtype.
+        """
+        parameter: Any = self.parameters[name]
+        if hasattr(parameter, "ds_id"):
+            part = parameter.ds_tensor
+            mine = shard.flatten()[self.ranks.data_rank * part.numel() :][: part.numel()]
+            part.data[: mine.numel()].copy_(mine)
+        else:
+            parameter.data.copy_(shard)
+
+    def shard_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of this rank's tensor-parallel shard."""
+        parameter: Any = self.parameters[name]
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+    def _to_device(self, batch: Batch) -> Batch:
+        tokens, labels = batch
+        return tokens.to(self.ranks.device, non_blocking=True), labels.to(self.ranks.device, non_blocking=True)
+
+    def _mean_over_replicas(self, value: Tensor) -> Tensor:
+        if self.ranks.data_size > 1:
+            dist.all_reduce(value, group=self.ranks.data_group)
+            value /= self.ranks.data_size
+        return value
+
+
+def named_parameters(module: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Parameter]]:
+    """Canonical name and parameter of a PipelineModule's stage or of a GPT."""
+    for name, parameter in module.named_parameters():
+        yield canonical_name(name, plan.model.num_layers), parameter
+
+
+def build_engine(plan: Plan, ranks: Ranks) -> Engine:
+    """Build this rank's part of the model with its initial weights and hand it to DeepSpeed."""
+    is_pipeline = plan.pipeline_parallel_size > 1
+    module: nn.Module = _pipeline_module(plan) if is_pipeline else GPT(plan)
+    initialize_weights(named_parameters(module, plan), plan, ranks.tensor_rank)
+    sum_sequence_parallel_gradients(module, ranks)
+    optimizer = build_optimizer(named_parameters(module, plan), plan)
+    wrapped, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        config=plan.engine_config(),
+        mpu=None if is_pipeline else ranks.mpu,
+        dist_init_required=False,
+    )
+    return Engine(plan, ranks, module, optimizer, wrapped)
+
+
+def sum_sequence_parallel_gradients(module: nn.Module, ranks: Ranks) -> None:
+    """Sum the gradients of parameters that work on a part of the sequence over the tensor-parallel ranks.
+
+    Megatron-Core's optimizer would do it; DeepSpeed's do not. The hook sits on the tensor, before accumulation: summing
+    an accumulated gradient would count earlier micro-batches again.
+    """
+
+    def all_reduce(grad: Tensor) -> Tensor:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ranks.tensor_group)
+        return grad
+
+    if ranks.tensor_size == 1:
+        return
+    for parameter in module.parameters():
+        if getattr(parameter, "sequence_parallel", False):
+            parameter.register_hook(all_reduce)
+
+
+class _PlannedPipeline(PipelineModule):
+    """PipelineModule with the Plan's stage bounds in place of DeepSpeed's own partitioning."""
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = [int(bound) for bound in method.split(",")]
+        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+
+def _pipeline_module(plan: Plan) -> PipelineModule:
+    # Megatron-Core's rank order: tensor parallel fastest, pipeline slowest.
+    topology = ProcessTopology(
+        axes=["pipe", "data", "model"],
+        dims=[plan.pipeline_parallel_size, plan.data_parallel_size, plan.tensor_parallel_size],
+    )
+    return _PlannedPipeline(
+        layers=[_layer_spec(layer) for layer in pipeline_layers(plan)],
+        loss_fn=language_model_loss,
+        topology=topology,
+        partition_method=",".join(map(str, plan.stage_bounds)),
+        activation_checkpoint_interval=0,  # the layers checkpoint themselves
+    )
+
+
+def _layer_spec(layer: PipelineLayer) -> LayerSpec:
+    if layer.tied is None:
+        return LayerSpec(layer.module, *layer.arguments)
+    return TiedLayerSpec(layer.tied, layer.module, *layer.arguments, tied_weight_attr=layer.tied_weight)

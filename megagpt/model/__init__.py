@@ -1,0 +1,17 @@
+"""The GPT: a list of pipeline layers built from Megatron-Core's transformer layer and tensor-parallel layers."""
+
+from megagpt.model.gpt import GPT, PipelineLayer, pipeline_layers
+from megagpt.model.initialize import initialize_weights
+from megagpt.model.loss import language_model_loss
+from megagpt.model.partition import Partition, canonical_name, partition_of
+
+__all__ = [
+    "GPT",
+    "Partition",
+    "PipelineLayer",
+    "canonical_name",
+    "initialize_weights",
+    "language_model_loss",
+    "partition_of",
+    "pipeline_layers",
+]

@@ -1,0 +1,61 @@
+"""Attention core: torch's scaled_dot_product_attention in place of Megatron-Core's unfused one."""
+
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+# Shapes: S sequence, B micro-batch, N query heads of this rank, G key/value heads of this rank, D channels per head.
+
+
+class SDPAttention(MegatronModule):
+    """Causal attention with the constructor of Megatron-Core's DotProductAttention.
+
+    The causal mask is implied, never built; grouped key/value heads are not repeated in memory.
+    """
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None, **_):
+        super().__init__(config=config)
+        tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+        self.num_heads = config.num_attention_heads // tensor_size
+        self.num_groups = config.num_query_groups // tensor_size
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, packed_seq_params=None, attention_bias=None, **_
+    ) -> Tensor:
+        """Attend causally.
+
+        Args:
+            query: [S, B, N, D].
+            key: [S, B, G, D].
+            value: [S, B, G, D].
+
+        Returns:
+            [S, B, N x D].
+        """
+        assert attention_mask is None and packed_seq_params is None and attention_bias is None
+        query_BNSD, key_BGSD, value_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+
+        def attend() -> Tensor:
+            return F.scaled_dot_product_attention(
+                query_BNSD,
+                key_BGSD,
+                value_BGSD,
+                dropout_p=dropout,
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=self.num_heads != self.num_groups,
+            )
+
+        # Heads differ between TP ranks, so their dropout must too; under sequence parallelism the whole layer already
+        # draws from the tensor-parallel generator.
+        if dropout > 0 and not self.config.sequence_parallel:
+            with get_cuda_rng_tracker().fork():
+                context_BNSD = attend()
+        else:
+            context_BNSD = attend()
+        return context_BNSD.permute(2, 0, 1, 3).flatten(2)

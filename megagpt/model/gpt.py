@@ -1,0 +1,73 @@
+"""A GPT as a list of pipeline layers, and the same list in one module."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from megagpt.model.layers import Embedding, Head, Layer, TiedHead, build_rotary
+from megagpt.model.loss import language_model_loss
+from megagpt.model.norm import Norm
+from megagpt.model.transformer_config import transformer_config
+from megagpt.plan import Plan
+
+
+@dataclass(frozen=True)
+class PipelineLayer:
+    """One entry of the list: which module to build, and what it shares its weight with."""
+
+    prefix: str
+    """Canonical prefix of its parameters."""
+    module: type[nn.Module]
+    """Class of the layer."""
+    arguments: tuple[Any, ...]
+    """Arguments of its constructor."""
+    tied: str | None = None
+    """Key that the layers sharing one weight have in common."""
+    tied_weight: str = "word_embeddings.weight"
+    """Name of the shared weight in the module."""
+
+    def build(self, **extra: Any) -> nn.Module:
+        """Make the module; called only in the process that holds it."""
+        return self.module(*self.arguments, **extra)
+
+
+def pipeline_layers(plan: Plan) -> list[PipelineLayer]:
+    """Embedding, transformer layers, final norm, head: `num_layers` + 3 entries in order."""
+    config, model = transformer_config(plan), plan.model
+    rotary = build_rotary(plan)
+    tied = None if model.untie_embeddings_and_output_weights else "embedding"
+    return [
+        PipelineLayer("embedding", Embedding, (config, plan), tied),
+        *(PipelineLayer(f"layers.{i}", Layer, (config, plan, i, rotary)) for i in range(model.num_layers)),
+        PipelineLayer("final_norm", Norm, (config, model.hidden_size, model.layernorm_epsilon)),
+        PipelineLayer("head", TiedHead if tied else Head, (config, plan), tied),
+    ]
+
+
+class GPT(nn.Module):
+    """All pipeline layers in one module: for DeepSpeedEngine (PP = 1), tools and tests."""
+
+    def __init__(self, plan: Plan):
+        super().__init__()
+        first, *middle, norm, last = pipeline_layers(plan)
+        self.embedding = first.build()
+        self.layers = nn.ModuleList(layer.build() for layer in middle)
+        self.final_norm = norm.build()
+        self.head = last.build(word_embeddings=self.embedding.word_embeddings) if last.tied else last.build()
+
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """Loss of a micro-batch if labels are given, else logits.
+
+        Args:
+            tokens_BS: [B, S] token ids.
+            labels_BS: [B, S] ids of the next tokens.
+
+        Returns:
+            Scalar mean loss in fp32, or logits [S, B, V / TP].
+        """
+        hidden_SBH = self.embedding(tokens_BS)
+        for layer in self.layers:
+            hidden_SBH = layer(hidden_SBH)
+        logits_SBV = self.head(self.final_norm(hidden_SBH))
+        return logits_SBV if labels_BS is None else language_model_loss(logits_SBV, labels_BS)

@@ -1,0 +1,154 @@
+"""The pipeline layers: embedding, transformer layer, head. Each takes one tensor and gives one tensor.
+
+Shapes: B micro-batch, S sequence, H hidden size, V padded vocabulary / TP. Between layers flows [S, B, H], or
+[S / TP, B, H] under sequence parallelism.
+"""
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from megagpt.model.transformer_config import layer_spec
+from megagpt.plan import Plan
+
+
+class Embedding(LanguageModelEmbedding):
+    """Token ids [B, S] to hidden states: word embedding, learned positions if any, dropout."""
+
+    def __init__(self, config: TransformerConfig, plan: Plan):
+        learned = plan.model.position_embedding_type == "learned_absolute"
+        super().__init__(
+            config,
+            vocab_size=plan.padded_vocab_size,
+            max_sequence_length=plan.model.max_position_embeddings,
+            position_embedding_type="learned_absolute" if learned else "rope",
+        )
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """[B, S] int64 -> [S, B, H]."""
+        positions_BS = None
+        if self.add_position_embedding:
+            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+        return super().forward(tokens_BS, positions_BS)
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """x + attention(norm1(x)) + mlp(norm2(x)): Black et al. 2022 (GPT-NeoX-20B), section 2.1."""
+
+    def forward(self, hidden_states: Tensor, attention_mask=None, rotary_pos_emb=None, **_) -> tuple[Tensor, None]:
+        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        attended = self.self_attention(
+            self.input_layernorm(hidden_states), attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
+        )
+        residual = add(attended, hidden_states, self.hidden_dropout)
+        add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
+        return add(self.mlp(self.pre_mlp_layernorm(hidden_states)), residual, self.hidden_dropout), None
+
+
+class Layer(nn.Module):
+    """One transformer layer, with its rotary table and activation checkpointing.
+
+    Args:
+        config: Megatron-Core's config.
+        plan: gives the kind of residual and the recomputation.
+        index: 0 ... num_layers - 1.
+        rotary: the rotary frequencies, shared by all layers of a process; None for learned positions.
+    """
+
+    def __init__(self, config: TransformerConfig, plan: Plan, index: int, rotary: RotaryEmbedding | None):
+        super().__init__()
+        spec = layer_spec(config)
+        if plan.model.parallel_residual:
+            spec.module = ParallelResidualLayer
+        self.block = build_module(spec, config=config, layer_number=index + 1)
+        self.rotary = rotary
+        self.recompute = plan.run.training.recompute_granularity == "full"
+        self.sequence_splits = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        # Under sequence parallelism each TP rank holds other tokens, so every dropout needs the TP rank's generator.
+        self.forks_rng = config.sequence_parallel
+
+    def forward(self, hidden_SBH: Tensor) -> Tensor:
+        """[S, B, H] -> [S, B, H]."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            # Megatron-Core's checkpoint restores its own generators; DeepSpeed's would replay other dropout masks.
+            return tensor_parallel.checkpoint(self._compute, False, hidden_SBH)
+        return self._compute(hidden_SBH)
+
+    def _compute(self, hidden_SBH: Tensor) -> Tensor:
+        rotary = None if self.rotary is None else self.rotary(hidden_SBH.shape[0] * self.sequence_splits)
+        if self.forks_rng:
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                return self.block(hidden_SBH, attention_mask=None, rotary_pos_emb=rotary)[0]
+        return self.block(hidden_SBH, attention_mask=None, rotary_pos_emb=rotary)[0]
+
+
+def build_rotary(plan: Plan) -> RotaryEmbedding | None:
+    """Rotary frequencies, or None for learned positions."""
+    model = plan.model
+    if model.position_embedding_type != "rope":
+        return None
+    return RotaryEmbedding(
+        model.kv_channels, model.rotary_percent, rotary_base=model.rotary_base, use_cpu_initialization=True
+    )
+
+
+class Head(ColumnParallelLinear):
+    """Hidden states [S, B, H] to logits [S, B, V / TP]; the padding of the vocabulary gets -inf.
+
+    Args:
+        config: Megatron-Core's config.
+        plan: gives the sizes of the vocabulary.
+        has_weight: False if the weight is given to `forward` (tied embeddings).
+    """
+
+    def __init__(self, config: TransformerConfig, plan: Plan, has_weight: bool = True):
+        super().__init__(
+            config.hidden_size,
+            plan.padded_vocab_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=not has_weight,
+        )
+        shard = plan.padded_vocab_size // plan.tensor_parallel_size
+        first_token = parallel_state.get_tensor_model_parallel_rank() * shard
+        self.num_real_tokens = min(max(plan.model.vocab_size - first_token, 0), shard)
+
+    def forward(self, hidden_SBH: Tensor, weight: Tensor | None = None) -> Tensor:
+        """[S, B, H] -> [S, B, V / TP]."""
+        logits_SBV = super().forward(hidden_SBH, weight=weight)[0]
+        if self.num_real_tokens < logits_SBV.shape[-1]:
+            # In place: no second copy of the logits. exp(-inf) is 0, so neither loss nor sampling sees the padding.
+            logits_SBV[..., self.num_real_tokens :] = float("-inf")
+        return logits_SBV
+
+
+class TiedHead(nn.Module):
+    """Head that multiplies with the word embedding.
+
+    Args:
+        config: Megatron-Core's config.
+        plan: gives the sizes of the vocabulary.
+        word_embeddings: the embedding's own table, if it lives in this process; None on the last pipeline stage, whose
+            copy the engine keeps equal to the first stage's.
+    """
+
+    def __init__(self, config: TransformerConfig, plan: Plan, word_embeddings: VocabParallelEmbedding | None = None):
+        super().__init__()
+        if word_embeddings is None:
+            word_embeddings = VocabParallelEmbedding(
+                plan.padded_vocab_size, config.hidden_size, init_method=config.init_method, config=config
+            )
+        self.word_embeddings = word_embeddings
+        self.projection = Head(config, plan, has_weight=False)
+
+    def forward(self, hidden_SBH: Tensor) -> Tensor:
+        """[S, B, H] -> [S, B, V / TP]."""
+        return self.projection(hidden_SBH, self.word_embeddings.weight)

@@ -1,0 +1,32 @@
+"""Normalisation usable in sequence-parallel regions (Megatron-Core's torch norm refuses those)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016), as the config's `normalization` says.
+
+    Args:
+        config: Megatron-Core's TransformerConfig.
+        hidden_size: number of channels.
+        eps: epsilon inside the root.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__()
+        self.shape, self.eps = (hidden_size,), eps
+        self.is_rms = config.normalization == "RMSNorm"
+        device = torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.ones(hidden_size, device=device))
+        self.bias = None if self.is_rms else nn.Parameter(torch.zeros(hidden_size, device=device))
+        for parameter in self.parameters():
+            # Read by the engine: each TP rank sees a part of the sequence, so the gradients are summed over TP.
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        if self.is_rms:
+            return F.rms_norm(hidden, self.shape, self.weight, self.eps)
+        return F.layer_norm(hidden, self.shape, self.weight, self.bias, self.eps)

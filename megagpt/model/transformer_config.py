@@ -1,0 +1,74 @@
+"""Megatron-Core's TransformerConfig and layer spec from the Plan: the only place that knows its spelling."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megagpt.model.attention import SDPAttention
+from megagpt.model.initialize import is_gated
+from megagpt.model.norm import Norm
+from megagpt.plan import Plan
+
+_ACTIVATIONS: dict[str, Callable] = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def transformer_config(plan: Plan) -> TransformerConfig:
+    """The config handed to Megatron-Core's layers.
+
+    Pipeline stages are DeepSpeed's business, so Megatron-Core is told of one. Weights are filled by `initialize_weights`.
+    """
+    model = plan.model
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        ffn_hidden_size=model.ffn_hidden_size,
+        tensor_model_parallel_size=plan.tensor_parallel_size,
+        pipeline_model_parallel_size=1,
+        sequence_parallel=plan.run.parallel.sequence_parallel,
+        params_dtype=torch.float32,
+        bf16=plan.precision == "bf16",
+        fp16=plan.precision == "fp16",
+        normalization=model.normalization,
+        layernorm_epsilon=model.layernorm_epsilon,
+        gated_linear_unit=is_gated(plan),
+        activation_func=_ACTIVATIONS[model.activation],
+        add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias or model.add_bias_linear,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        perform_initialization=False,
+        # Fusions need Apex or CUDA kernels.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Megatron-Core's local layer spec with our norm and attention core."""
+    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    attention = dataclasses.replace(spec.submodules.self_attention.submodules, core_attention=SDPAttention)
+    spec.submodules = dataclasses.replace(
+        spec.submodules,
+        input_layernorm=Norm,
+        pre_mlp_layernorm=Norm,
+        self_attention=dataclasses.replace(spec.submodules.self_attention, submodules=attention),
+    )
+    return spec

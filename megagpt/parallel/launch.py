@@ -1,0 +1,87 @@
+"""Find out which rank this process is, whoever started it (no torch here, so that it can run before heavy imports)."""
+
+import os
+import socket
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from megagpt.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher said about this process."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
+    launcher: str
+    """Who started the process: `mpirun`, `torchrun or deepspeed`, `srun` or `single process`."""
+
+    def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
+        """Set the variables that torch.distributed and DeepSpeed read."""
+        environ["RANK"] = str(self.rank)
+        environ["LOCAL_RANK"] = str(self.local_rank)
+        environ["WORLD_SIZE"] = str(self.world_size)
+        environ["MASTER_ADDR"] = self.master_addr
+        environ["MASTER_PORT"] = str(self.master_port)
+
+
+# Order matters: under mpirun inside a Slurm allocation SLURM_PROCID is 0 in every rank, so MPI is asked first;
+# torchrun and the deepspeed launcher set RANK themselves inside one Slurm task per node, so they come before srun.
+_LAUNCHERS = (
+    ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("torchrun or deepspeed", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    ("srun", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+)
+
+
+def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
+    """Read rank, local rank and world size from the launcher's variables.
+
+    Raises:
+        LaunchError: a variable is missing, is no number, contradicts another one, or no master address is known.
+    """
+    for launcher, rank_key, local_key, size_key in _LAUNCHERS:
+        if rank_key not in environ or (launcher == "srun" and "SLURM_STEP_ID" not in environ):
+            continue
+        rank, world_size = _number(environ, rank_key, launcher), _number(environ, size_key, launcher)
+        local_rank = _number(environ, local_key, launcher)
+        if not 0 <= rank < world_size:
+            raise LaunchError(f"{rank_key}={rank} is outside 0 ... {size_key}-1={world_size - 1}; check the launcher")
+        return Launch(rank, local_rank, world_size, *_master(environ, launcher, world_size), launcher)
+    return Launch(0, 0, 1, "127.0.0.1", free_port(), "single process")
+
+
+def _number(environ: Mapping[str, str], key: str, launcher: str) -> int:
+    value = environ.get(key)
+    if value is None:
+        raise LaunchError(f"{key} is not set although {launcher} seems to have started this process; pass it to each rank")
+    try:
+        return int(value)
+    except ValueError:
+        raise LaunchError(f"{key}={value!r} is not an integer; {launcher} should set it to a number") from None
+
+
+def _master(environ: Mapping[str, str], launcher: str, world_size: int) -> tuple[str, int]:
+    address = environ.get("MASTER_ADDR")
+    if address is None and world_size == 1:
+        address = "127.0.0.1"
+    if address is None:
+        raise LaunchError(
+            f"MASTER_ADDR is not set and {launcher} does not provide it; export it in the batch script: "
+            "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1), or the first host's name"
+        )
+    if "MASTER_PORT" in environ:
+        return address, _number(environ, "MASTER_PORT", launcher)
+    # All ranks must agree without talking: a job id gives each job of a host its own port.
+    return address, 20000 + int(environ.get("SLURM_JOB_ID", "9500")) % 20000
+
+
+def free_port() -> int:
+    """A TCP port of this host that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

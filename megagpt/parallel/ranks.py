@@ -1,0 +1,185 @@
+"""Process groups: torch.distributed through DeepSpeed, tensor/pipeline/data groups through Megatron-Core."""
+
+import hashlib
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megagpt.parallel.launch import Launch
+from megagpt.plan import Plan
+
+GROUP_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the job and the groups that it belongs to.
+
+    Global ranks are laid out as Megatron-Core does by default: tensor parallel fastest, then data parallel, pipeline
+    slowest.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    tensor_group: Any
+    data_group: Any
+    pipeline_group: Any
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def mpu(self) -> "ModelParallelUnit":
+        """What DeepSpeedEngine asks about model parallelism."""
+        return ModelParallelUnit(self)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is true on one of them."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        if self.world_size == 1:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0)
+        return holder[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The values of all ranks, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+class ModelParallelUnit:
+    """The `mpu` object of DeepSpeedEngine: model parallel means tensor parallel, there are no pipeline stages."""
+
+    def __init__(self, ranks: Ranks):
+        self._ranks = ranks
+
+    def get_model_parallel_rank(self) -> int:
+        return self._ranks.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._ranks.tensor_size
+
+    def get_model_parallel_group(self) -> Any:
+        return self._ranks.tensor_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._ranks.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._ranks.data_size
+
+    def get_data_parallel_group(self) -> Any:
+        return self._ranks.data_group
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 1
+
+
+def start_ranks(plan: Plan, launch: Launch) -> Ranks:
+    """Join the job's process groups and seed this rank.
+
+    Args:
+        plan: the layout.
+        launch: this process's rank as the launcher gave it.
+    """
+    # deepspeed patches torch.distributed on import, so it comes before the first group.
+    import deepspeed
+
+    from megagpt.parallel.without_cuda import support_hosts_without_cuda
+
+    support_hosts_without_cuda()
+    launch.export()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(launch.local_rank)
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=GROUP_TIMEOUT)
+    return _join_groups(plan.tensor_parallel_size, plan.pipeline_parallel_size, plan.run.training.seed)
+
+
+def start_single_process(seed: int = 0) -> Ranks:
+    """Groups of one rank for tools that run the model in one process; opens no port and needs no launcher."""
+    from megagpt.parallel.without_cuda import support_hosts_without_cuda
+
+    support_hosts_without_cuda()
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return _join_groups(1, 1, seed)
+
+
+def _join_groups(tensor_size: int, pipeline_size: int, seed: int) -> Ranks:
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size
+        )
+    cuda = torch.cuda.is_available() and dist.get_backend() == "nccl"
+    ranks = Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    # Dropout outside tensor-parallel regions must agree across TP ranks and differ between stages and replicas.
+    place = f"{seed}/{ranks.pipeline_rank}/{ranks.data_rank}"
+    stage_seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "little") >> 1
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+    return ranks
+
+
+def stop_ranks() -> None:
+    """Leave the process groups; without it a rank can abort at exit and turn a success into a failure."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,36 @@
+"""The one place that makes Megatron-Core and DeepSpeed run where there is no CUDA device.
+
+Megatron-Core asks torch.cuda for the current device and for the random state of the device. On a host without CUDA
+both questions have an answer of the same meaning: the CPU, and the CPU's random state. With these few functions
+replaced, the very same model code runs on gloo ranks. On a CUDA host nothing is touched.
+"""
+
+import torch
+
+
+def support_hosts_without_cuda() -> None:
+    """Answer Megatron-Core's questions about the CUDA device with the CPU, if there is no CUDA device; idempotent."""
+    _use_plain_gloo_collectives()
+    if torch.cuda.is_available():
+        return
+    import megatron.core.tensor_parallel.random as mcore_random
+
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment,return-value]
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    mcore_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    mcore_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _use_plain_gloo_collectives() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPU ranks.
+
+    It needs a compiler at run time, and leaves a 69 MB file per rank in /dev/shm behind when a rank is killed, which
+    after some hundred runs fills the machine's memory. Plain gloo gives the same sums.
+    """
+    import deepspeed.comm.torch
+
+    deepspeed.comm.torch.build_shm_op = lambda: None
