@@ -6,6 +6,7 @@ itself: it writes a space as U+2581, so a literal U+2581 comes back as a space.
 
 import hashlib
 import io
+import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -88,7 +89,7 @@ class Tokenizer:
         """
         try:
             return self._processor.encode(texts, out_type=int, num_threads=1)
-        except (RuntimeError, UnicodeError):
+        except (RuntimeError, TypeError, UnicodeError):
             for text in texts:
                 if (fault := encoding_fault(text)) is not None:
                     raise DataError(f"text {text[:40]!r} cannot be encoded: {fault}") from None
@@ -142,6 +143,7 @@ def train_sentencepiece(
         model_type: byte-pair merges or a unigram language model.
         max_documents: train on this many documents drawn by `seed`; 0 takes all (they are held in memory).
         character_coverage: share of the text's characters that get tokens of their own.
+        seed: draws the documents.
         verbose: let sentencepiece print its log.
 
     Raises:
@@ -154,8 +156,7 @@ def train_sentencepiece(
             f" use {SMALLEST_VOCABULARY} or more"
         )
     model = io.BytesIO()
-    counted = _CountedTexts(texts)
-    sentencepiece.set_random_generator_seed(seed)
+    counted = _CountedTexts(_draw(texts, max_documents, seed) if max_documents else texts)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(counted),
@@ -176,8 +177,6 @@ def train_sentencepiece(
             pad_id=-1,
             # Whole documents are passed as sentences; the default drops those above 4192 bytes.
             max_sentence_length=1 << 30,
-            input_sentence_size=max_documents,
-            shuffle_input_sentence=max_documents > 0,
             # The result of more threads depends on their number.
             num_threads=1,
             minloglevel=0 if verbose else 2,
@@ -186,6 +185,19 @@ def train_sentencepiece(
         raise DataError(_training_fault(str(error), vocab_size, counted)) from None
     write_whole(path, model.getvalue())
     return Tokenizer.load(path)
+
+
+def _draw(texts: Iterable[str], num_documents: int, seed: int) -> list[str]:
+    """A uniform sample of the documents that are not empty (J. Vitter, "Random Sampling with a Reservoir", 1985)."""
+    # Only random() is promised to give the same numbers in every version of Python.
+    uniform = random.Random(seed).random
+    drawn: list[str] = []
+    for seen, text in enumerate(filter(None, texts)):
+        if seen < num_documents:
+            drawn.append(text)
+        elif (slot := int(uniform() * (seen + 1))) < num_documents:
+            drawn[slot] = text
+    return drawn
 
 
 class _CountedTexts:
