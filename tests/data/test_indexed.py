@@ -26,7 +26,7 @@ def build_with_megatron(prefix, documents, dtype):
     builder = IndexedDatasetBuilder(str(bin_path(prefix)), dtype=dtype)
     for sequences in documents:
         lengths = [len(sequence) for sequence in sequences]
-        builder.add_document(np.array(sum(sequences, []), dtype=dtype), lengths)
+        builder.add_document(np.concatenate(sequences).astype(dtype), lengths)
     builder.finalize(str(idx_path(prefix)))
 
 
@@ -97,18 +97,21 @@ def test_documents_outside_are_refused(tmp_path, index):
         IndexedDataset(tmp_path / "d").document(index)
 
 
+def documents_then_error():
+    yield [1, 2, 3]
+    raise RuntimeError("stop")
+
+
 def test_nothing_is_left_after_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match="stop"), IndexedWriter(tmp_path / "d", 100) as writer:
-        writer.add([1, 2, 3])
-        raise RuntimeError("stop")
+    with pytest.raises(RuntimeError, match="stop"):
+        write(tmp_path / "d", documents_then_error())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_keeps_the_old_files(tmp_path):
     write(tmp_path / "d")
-    with pytest.raises(RuntimeError, match="stop"), IndexedWriter(tmp_path / "d", 100) as writer:
-        writer.add([1])
-        raise RuntimeError("stop")
+    with pytest.raises(RuntimeError, match="stop"):
+        write(tmp_path / "d", documents_then_error())
     assert IndexedDataset(tmp_path / "d").num_tokens == 9
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin", "d.idx"]
 
