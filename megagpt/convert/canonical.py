@@ -2,66 +2,26 @@
 
 Every tensor is full (no tensor-parallel shard) and has the tokenizer's vocabulary (no padding). Shape letters of the
 package: h hidden size, n query heads, g query groups (key/value heads), d channels per head, f MLP width,
-V vocabulary, P positions, u = 2 for gated activations and 1 otherwise.
+V vocabulary, P positions.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 
 from megagpt.errors import ConversionError
 from megagpt.plan.config import ModelConfig
 
-GATED_ACTIVATIONS = ("swiglu", "geglu")
-
-
-@dataclass(frozen=True)
-class Dims:
-    """Sizes of a model with its defaults filled in."""
-
-    hidden: int
-    heads: int
-    groups: int
-    head_channels: int
-    ffn: int
-    fc1_rows: int
-    """Rows of the MLP's first projection: 2f for gated activations, else f."""
-
-    @classmethod
-    def of(cls, model: ModelConfig) -> "Dims":
-        """Fill in the defaults of a model config.
-
-        Raises:
-            ConversionError: heads do not divide into query groups, or hidden size into heads without `kv_channels`.
-        """
-        heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
-        if heads % groups:
-            raise ConversionError(
-                f"model.num_attention_heads={heads} is not divisible by model.num_query_groups={groups}; "
-                f"set num_query_groups to a divisor of {heads}"
-            )
-        if model.kv_channels is None and model.hidden_size % heads:
-            raise ConversionError(
-                f"model.hidden_size={model.hidden_size} is not divisible by model.num_attention_heads={heads}; "
-                "change one of them or set model.kv_channels"
-            )
-        ffn = model.ffn_hidden_size or 4 * model.hidden_size
-        return cls(
-            hidden=model.hidden_size,
-            heads=heads,
-            groups=groups,
-            head_channels=model.kv_channels or model.hidden_size // heads,
-            ffn=ffn,
-            fc1_rows=2 * ffn if model.activation in GATED_ACTIVATIONS else ffn,
-        )
-
 
 @lru_cache(maxsize=32)
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    dims, shapes = Dims.of(model), dict[str, tuple[int, ...]]()
-    query_rows = dims.heads * dims.head_channels
-    qkv_rows = query_rows + 2 * dims.groups * dims.head_channels
-    qkv_bias = model.add_bias_linear or model.add_qkv_bias
+    heads, groups, hidden = model.num_attention_heads, model.num_query_groups, model.hidden_size
+    if heads % groups:
+        raise ConversionError(
+            f"model.num_attention_heads={heads} is not divisible by model.num_query_groups={groups}; "
+            f"set num_query_groups to a divisor of {heads}"
+        )
+    query_rows, fc1_branches = heads * model.kv_channels, 2 if model.is_gated else 1
+    shapes = dict[str, tuple[int, ...]]()
 
     def add(module: str, shape: tuple[int, ...], bias: bool) -> None:
         shapes[f"{module}.weight"] = shape
@@ -69,22 +29,23 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{module}.bias"] = shape[:1]
 
     def add_norm(module: str) -> None:
-        add(module, (dims.hidden,), bias=model.normalization == "LayerNorm")
+        add(module, (hidden,), bias=model.normalization == "LayerNorm")
 
-    add("embedding.word_embeddings", (model.vocab_size, dims.hidden), bias=False)
+    add("embedding.word_embeddings", (model.vocab_size, hidden), bias=False)
     if model.position_embedding_type == "learned_absolute":
-        add("embedding.position_embeddings", (model.max_position_embeddings, dims.hidden), bias=False)
+        add("embedding.position_embeddings", (model.max_position_embeddings, hidden), bias=False)
     for i in range(model.num_layers):
-        layer = f"layers.{i}"
+        layer, bias = f"layers.{i}", model.add_bias_linear
         add_norm(f"{layer}.input_layernorm")
-        add(f"{layer}.self_attention.linear_qkv", (qkv_rows, dims.hidden), bias=qkv_bias)
-        add(f"{layer}.self_attention.linear_proj", (dims.hidden, query_rows), bias=model.add_bias_linear)
+        qkv_rows = query_rows + 2 * groups * model.kv_channels
+        add(f"{layer}.self_attention.linear_qkv", (qkv_rows, hidden), bias=model.has_qkv_bias)
+        add(f"{layer}.self_attention.linear_proj", (hidden, query_rows), bias=bias)
         add_norm(f"{layer}.pre_mlp_layernorm")
-        add(f"{layer}.mlp.linear_fc1", (dims.fc1_rows, dims.hidden), bias=model.add_bias_linear)
-        add(f"{layer}.mlp.linear_fc2", (dims.hidden, dims.ffn), bias=model.add_bias_linear)
+        add(f"{layer}.mlp.linear_fc1", (fc1_branches * model.ffn_hidden_size, hidden), bias=bias)
+        add(f"{layer}.mlp.linear_fc2", (hidden, model.ffn_hidden_size), bias=bias)
     add_norm("final_norm")
     if model.untie_embeddings_and_output_weights:
-        add("head", (model.vocab_size, dims.hidden), bias=False)
+        add("head", (model.vocab_size, hidden), bias=False)
     return shapes
 
 
@@ -92,7 +53,7 @@ def canonical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """All parameters of the model in the order of its layers: canonical name -> full shape.
 
     Raises:
-        ConversionError: the sizes of the model contradict each other (see `Dims.of`).
+        ConversionError: the query heads do not divide into the query groups.
     """
     return dict(_shapes(model))
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megagpt.convert.canonical import Dims, canonical_shapes, check_names
+from megagpt.convert.canonical import canonical_shapes, check_names
 from megagpt.errors import ConversionError
 from megagpt.plan.config import ModelConfig
 
@@ -37,22 +37,24 @@ class TokenIds:
 class Reshaping:
     """`split` makes the Hugging Face tensors of one canonical tensor, `join` is its inverse."""
 
-    split: Callable[[Dims, Tensor], tuple[Tensor, ...]]
-    join: Callable[[Dims, tuple[Tensor, ...]], Tensor]
+    split: Callable[[ModelConfig, Tensor], tuple[Tensor, ...]]
+    join: Callable[[ModelConfig, tuple[Tensor, ...]], Tensor]
 
 
-def _split_qkv(dims: Dims, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _split_qkv(model: ModelConfig, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[(n+2g)d, ...] in Megatron's order -> query [nd, ...], key [gd, ...], value [gd, ...], heads in order."""
     rest = qkv.shape[1:]
-    per_group = qkv.reshape(dims.groups, dims.heads // dims.groups + 2, dims.head_channels, *rest)  # g, n/g + 2, d
+    per_group = qkv.reshape(
+        model.num_query_groups, model.num_attention_heads // model.num_query_groups + 2, model.kv_channels, *rest
+    )  # g, n/g + 2, d
     query, key, value = per_group[:, :-2], per_group[:, -2], per_group[:, -1]
     return query.reshape(-1, *rest), key.reshape(-1, *rest), value.reshape(-1, *rest)
 
 
-def _join_qkv(dims: Dims, parts: tuple[Tensor, ...]) -> Tensor:
+def _join_qkv(model: ModelConfig, parts: tuple[Tensor, ...]) -> Tensor:
     """Inverse of `_split_qkv`."""
     rest = parts[0].shape[1:]
-    grouped = [part.reshape(dims.groups, -1, dims.head_channels, *rest) for part in parts]  # g, n/g or 1, d
+    grouped = [part.reshape(model.num_query_groups, -1, model.kv_channels, *rest) for part in parts]  # g, n/g or 1, d
     return torch.cat(grouped, dim=1).reshape(-1, *rest)
 
 
@@ -61,16 +63,16 @@ def _transposed(tensor: Tensor) -> Tensor:
     return tensor.t() if tensor.dim() == 2 else tensor
 
 
-def _join_conv1d_qkv(dims: Dims, parts: tuple[Tensor, ...]) -> Tensor:
+def _join_conv1d_qkv(model: ModelConfig, parts: tuple[Tensor, ...]) -> Tensor:
     """GPT-2's c_attn, [h, 3nd] or [3nd] with all queries first -> Megatron's order."""
-    return _join_qkv(dims, _transposed(parts[0]).chunk(3, dim=0))
+    return _join_qkv(model, _transposed(parts[0]).chunk(3, dim=0))
 
 
-SAME = Reshaping(lambda dims, tensor: (tensor,), lambda dims, parts: parts[0])
+SAME = Reshaping(lambda model, tensor: (tensor,), lambda model, parts: parts[0])
 QKV = Reshaping(_split_qkv, _join_qkv)
-GATE_UP = Reshaping(lambda dims, tensor: tensor.chunk(2, dim=0), lambda dims, parts: torch.cat(parts, dim=0))
-CONV1D = Reshaping(lambda dims, tensor: (_transposed(tensor),), lambda dims, parts: _transposed(parts[0]))
-CONV1D_QKV = Reshaping(lambda dims, tensor: (_transposed(torch.cat(_split_qkv(dims, tensor))),), _join_conv1d_qkv)
+GATE_UP = Reshaping(lambda model, tensor: tensor.chunk(2, dim=0), lambda model, parts: torch.cat(parts, dim=0))
+CONV1D = Reshaping(lambda model, tensor: (_transposed(tensor),), lambda model, parts: _transposed(parts[0]))
+CONV1D_QKV = Reshaping(lambda model, tensor: (_transposed(torch.cat(_split_qkv(model, tensor))),), _join_conv1d_qkv)
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ class Family:
     architecture: str
     rows: tuple[Row, ...]
     requires: Mapping[str, tuple[Any, ...]]
-    checks: Callable[[ModelConfig, Dims], list[str]]
-    config: Callable[[ModelConfig, Dims], dict[str, Any]]
+    checks: Callable[[ModelConfig], list[str]]
+    config: Callable[[ModelConfig], dict[str, Any]]
     zeros: Callable[[ModelConfig], tuple[str, ...]] = lambda model: ()
     brings_tokenizer: bool = False
 
@@ -121,7 +123,7 @@ class Family:
             value = getattr(model, key)
             if value not in allowed:
                 found.append(f"model.{key}={value} (can be {' or '.join(map(str, allowed))})")
-        return found + self.checks(model, Dims.of(model))
+        return found + self.checks(model)
 
     def hf_shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all tensors that a saved Hugging Face model has (tied heads are not saved).
@@ -152,7 +154,7 @@ class Family:
             return torch.zeros(source.shape)
         tensor = read(source.canonical)
         _check_shape(source.canonical, tensor, canonical_shapes(model)[source.canonical])
-        return source.reshaping.split(Dims.of(model), tensor)[source.part].contiguous()
+        return source.reshaping.split(model, tensor)[source.part].contiguous()
 
     def from_hf(self, canonical: str, read_hf: Read, model: ModelConfig) -> Tensor:
         """Make one canonical tensor: the inverse of `to_hf`.
@@ -171,7 +173,7 @@ class Family:
         for name, source in parts:
             tensors.append(read_hf(name))
             _check_shape(name, tensors[-1], source.shape)
-        return parts[0][1].reshaping.join(Dims.of(model), tuple(tensors)).contiguous()
+        return parts[0][1].reshaping.join(model, tuple(tensors)).contiguous()
 
     def check_hf(self, names: Iterable[str], read_hf: Read, model: ModelConfig, where: str) -> None:
         """Account for every tensor of a Hugging Face folder before `from_hf`.
@@ -200,7 +202,7 @@ class Family:
             "architectures": [self.architecture],
             "model_type": self.name,
             "vocab_size": model.vocab_size,
-            **self.config(model, Dims.of(model)),
+            **self.config(model),
             "initializer_range": model.init_method_std,
             "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
             # Written even when null: the families' own defaults are ids of other tokenizers.
@@ -222,7 +224,7 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
 @lru_cache(maxsize=32)
 def _sources(family: Family, model: ModelConfig) -> dict[str, _Source]:
     """Hugging Face name -> source, in the order of the canonical names."""
-    dims, sources = Dims.of(model), dict[str, _Source]()
+    sources = dict[str, _Source]()
     rows = {row.canonical: row for row in family.rows}
     unmapped = []
     for canonical, shape in canonical_shapes(model).items():
@@ -232,7 +234,7 @@ def _sources(family: Family, model: ModelConfig) -> dict[str, _Source]:
         if row is None:
             unmapped.append(canonical)
             continue
-        parts = row.reshaping.split(dims, torch.empty(shape, device="meta"))
+        parts = row.reshaping.split(model, torch.empty(shape, device="meta"))
         assert len(parts) == len(row.hf), row
         for part, (hf_module, tensor) in enumerate(zip(row.hf, parts, strict=True)):
             hf_name = f"{hf_module.format(i=layer)}.{kind}"
@@ -272,15 +274,15 @@ _LLAMA_REQUIRES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _even_rotary(model: ModelConfig, dims: Dims) -> list[str]:
-    rotated = int(dims.head_channels * model.rotary_percent)
+def _even_rotary(model: ModelConfig) -> list[str]:
+    rotated = int(model.kv_channels * model.rotary_percent)
     return [] if rotated % 2 == 0 and rotated else [f"{rotated} rotated channels per head (must be even, not zero)"]
 
 
-def _llama_checks(model: ModelConfig, dims: Dims) -> list[str]:
-    found = _even_rotary(model, dims)
-    if model.hidden_size % dims.heads:
-        found.append(f"model.hidden_size={model.hidden_size} (must be a multiple of num_attention_heads={dims.heads})")
+def _llama_checks(model: ModelConfig) -> list[str]:
+    found = _even_rotary(model)
+    if model.hidden_size % model.num_attention_heads:
+        found.append(f"model.hidden_size={model.hidden_size} (must be a multiple of num_attention_heads)")
     return found
 
 
@@ -290,27 +292,27 @@ def _llama_zeros(model: ModelConfig) -> tuple[str, ...]:
     return ("model.layers.{i}.self_attn.o_proj",) if only_qkv else ()
 
 
-def _llama_config(model: ModelConfig, dims: Dims) -> dict[str, Any]:
+def _llama_config(model: ModelConfig) -> dict[str, Any]:
     return {
-        "hidden_size": dims.hidden,
-        "intermediate_size": dims.ffn,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
         "num_hidden_layers": model.num_layers,
-        "num_attention_heads": dims.heads,
-        "num_key_value_heads": dims.groups,
-        "head_dim": dims.head_channels,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
         "hidden_act": "silu" if model.activation == "swiglu" else "gelu",
         "max_position_embeddings": model.max_position_embeddings,
         "rms_norm_eps": model.layernorm_epsilon,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
         "rope_theta": model.rotary_base,  # transformers 4
         "attention_dropout": model.attention_dropout,
-        "attention_bias": model.add_bias_linear or model.add_qkv_bias,
+        "attention_bias": model.has_qkv_bias,
         "mlp_bias": model.add_bias_linear,
     }
 
 
-def _qwen2_config(model: ModelConfig, dims: Dims) -> dict[str, Any]:
-    config = _llama_config(model, dims)
+def _qwen2_config(model: ModelConfig) -> dict[str, Any]:
+    config = _llama_config(model)
     for fixed_by_the_family in ("attention_bias", "mlp_bias"):
         del config[fixed_by_the_family]
     return config | {"use_sliding_window": False}
@@ -337,25 +339,27 @@ def _gpt2_rows() -> tuple[Row, ...]:
     )
 
 
-def _plain_heads(model: ModelConfig, dims: Dims) -> list[str]:
+def _plain_heads(model: ModelConfig) -> list[str]:
     """GPT-2 and GPT-NeoX have one key/value head per query head, and heads that fill the hidden size."""
     found = []
-    if dims.groups != dims.heads:
-        found.append(f"model.num_query_groups={dims.groups} (must be num_attention_heads={dims.heads})")
-    if dims.heads * dims.head_channels != dims.hidden:
+    if model.num_query_groups != model.num_attention_heads:
         found.append(
-            f"model.kv_channels={dims.head_channels} (times num_attention_heads={dims.heads} must give "
-            f"hidden_size={dims.hidden})"
+            f"model.num_query_groups={model.num_query_groups} (must be num_attention_heads={model.num_attention_heads})"
+        )
+    if model.num_attention_heads * model.kv_channels != model.hidden_size:
+        found.append(
+            f"model.kv_channels={model.kv_channels} (times num_attention_heads={model.num_attention_heads} must give "
+            f"hidden_size={model.hidden_size})"
         )
     return found
 
 
-def _gpt2_config(model: ModelConfig, dims: Dims) -> dict[str, Any]:
+def _gpt2_config(model: ModelConfig) -> dict[str, Any]:
     return {
-        "n_embd": dims.hidden,
-        "n_inner": dims.ffn,
+        "n_embd": model.hidden_size,
+        "n_inner": model.ffn_hidden_size,
         "n_layer": model.num_layers,
-        "n_head": dims.heads,
+        "n_head": model.num_attention_heads,
         "n_positions": model.max_position_embeddings,
         "activation_function": _HF_ACTIVATIONS[model.activation],
         "layer_norm_epsilon": model.layernorm_epsilon,
@@ -384,12 +388,12 @@ def _gpt_neox_rows() -> tuple[Row, ...]:
     )
 
 
-def _gpt_neox_config(model: ModelConfig, dims: Dims) -> dict[str, Any]:
+def _gpt_neox_config(model: ModelConfig) -> dict[str, Any]:
     return {
-        "hidden_size": dims.hidden,
-        "intermediate_size": dims.ffn,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
         "num_hidden_layers": model.num_layers,
-        "num_attention_heads": dims.heads,
+        "num_attention_heads": model.num_attention_heads,
         "hidden_act": _HF_ACTIVATIONS[model.activation],
         "max_position_embeddings": model.max_position_embeddings,
         "layer_norm_eps": model.layernorm_epsilon,
@@ -439,7 +443,7 @@ FAMILIES: tuple[Family, ...] = (
         "GPTNeoXForCausalLM",
         _gpt_neox_rows(),
         _BIASED_LAYERNORM | {"position_embedding_type": ("rope",)},
-        lambda model, dims: _plain_heads(model, dims) + _even_rotary(model, dims),
+        lambda model: _plain_heads(model) + _even_rotary(model),
         _gpt_neox_config,
     ),
 )

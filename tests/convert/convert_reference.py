@@ -1,0 +1,126 @@
+"""A small GPT in plain torch over canonical tensors: an independent second opinion for the conversion tests.
+
+Letters: B batch, S sequence, N query heads, G query groups, D channels per head, H hidden, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megagpt.convert.canonical import canonical_shapes
+from megagpt.plan.config import ModelConfig
+
+SIZES = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 257, "max_position_embeddings": 32}
+LAYERNORM = {"normalization": "LayerNorm", "add_bias_linear": True}
+GPT2 = LAYERNORM | {"position_embedding_type": "learned_absolute", "activation": "gelu_tanh"}
+NEOX = LAYERNORM | {
+    "activation": "gelu",
+    "parallel_residual": True,
+    "rotary_percent": 0.5,
+    "kv_channels": 8,
+    "hidden_size": 32,
+}
+
+# name -> (expected family, keys of the model)
+MODELS: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", {}),
+    "llama-gqa-tied": ("llama", {"num_query_groups": 2, "untie_embeddings_and_output_weights": False}),
+    "llama-mqa-wide-heads": ("llama", {"num_query_groups": 1, "kv_channels": 10, "ffn_hidden_size": 50}),
+    "llama-biases-theta": ("llama", {"add_bias_linear": True, "rotary_base": 500000.0, "layernorm_epsilon": 1e-3}),
+    "llama-geglu": ("llama", {"activation": "geglu"}),
+    "qwen2-gqa": ("qwen2", {"add_qkv_bias": True, "num_query_groups": 2}),
+    "qwen2-tied-wide-heads": (
+        "qwen2",
+        {"add_qkv_bias": True, "kv_channels": 8, "untie_embeddings_and_output_weights": False},
+    ),
+    "gpt2-tied": ("gpt2", GPT2 | {"untie_embeddings_and_output_weights": False}),
+    "gpt2-untied-gelu": ("gpt2", GPT2 | {"activation": "gelu", "ffn_hidden_size": 40}),
+    "gpt2-relu": ("gpt2", GPT2 | {"activation": "relu", "add_qkv_bias": True}),
+    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox-sequential-full-rotary": (
+        "gpt_neox",
+        NEOX | {"parallel_residual": False, "rotary_percent": 1.0, "activation": "gelu_tanh", "rotary_base": 5000.0},
+    ),
+    "gpt_neox-tied-relu": ("gpt_neox", NEOX | {"activation": "relu", "untie_embeddings_and_output_weights": False}),
+}
+
+
+def model_of(name: str) -> ModelConfig:
+    return ModelConfig(**(SIZES | MODELS[name][1]))
+
+
+def random_weights(model: ModelConfig, seed: int = 5) -> dict[str, Tensor]:
+    """Canonical tensors large enough that a wrong order, bias or activation shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in canonical_shapes(model).items():
+        noise = torch.randn(shape, generator=generator)
+        weights[name] = 1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.3 * noise
+    return weights
+
+
+def _rotated(x_BSND: Tensor, base: float, rotated: int) -> Tensor:
+    """Rotate pairs (j, j + rotated/2) of the first `rotated` channels by complex multiplication."""
+    half = rotated // 2
+    frequency = base ** (-torch.arange(half, dtype=torch.float64) * 2 / rotated)
+    angle = torch.arange(x_BSND.shape[1], dtype=torch.float64)[:, None, None] * frequency
+    pairs = torch.complex(x_BSND[..., :half].double(), x_BSND[..., half:rotated].double())
+    turned = pairs * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([turned.real.float(), turned.imag.float(), x_BSND[..., rotated:]], dim=-1)
+
+
+class ReferenceGPT:
+    """Logits of a model from its canonical tensors, each query head computed by itself."""
+
+    def __init__(self, model: ModelConfig, weights: dict[str, Tensor]):
+        self.model, self.weights = model, weights
+        self.heads = model.num_attention_heads
+        self.groups = model.num_query_groups or self.heads
+        self.channels = model.kv_channels or model.hidden_size // self.heads
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        if self.model.normalization == "RMSNorm":
+            scale = (x.pow(2).mean(-1, keepdim=True) + self.model.layernorm_epsilon).sqrt()
+            return x / scale * self.weights[f"{name}.weight"]
+        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.model.layernorm_epsilon)
+
+    def attention(self, layer: str, x_BSH: Tensor) -> Tensor:
+        sequence, model, per_group = x_BSH.shape[1], self.model, self.heads // self.groups
+        qkv = self.linear(f"{layer}.self_attention.linear_qkv", x_BSH).split(self.channels, dim=-1)
+        outputs = []
+        for head in range(self.heads):
+            first = head // per_group * (per_group + 2)  # where this head's group begins
+            q, k, v = qkv[first + head % per_group], qkv[first + per_group], qkv[first + per_group + 1]
+            if model.position_embedding_type == "rope":
+                rotated = int(self.channels * model.rotary_percent)
+                q, k = (_rotated(x[:, :, None], model.rotary_base, rotated)[:, :, 0] for x in (q, k))
+            scores = q @ k.transpose(1, 2) / self.channels**0.5
+            future = torch.ones(sequence, sequence, dtype=torch.bool).triu(1)
+            outputs.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ v)
+        return self.linear(f"{layer}.self_attention.linear_proj", torch.cat(outputs, dim=-1))
+
+    def mlp(self, layer: str, x: Tensor) -> Tensor:
+        inner = self.linear(f"{layer}.mlp.linear_fc1", x)
+        kind = self.model.activation
+        if kind in ("swiglu", "geglu"):
+            gate, up = inner.chunk(2, dim=-1)
+            inner = (F.silu(gate) if kind == "swiglu" else F.gelu(gate)) * up
+        else:
+            inner = F.relu(inner) if kind == "relu" else F.gelu(inner, approximate="tanh" if "tanh" in kind else "none")
+        return self.linear(f"{layer}.mlp.linear_fc2", inner)
+
+    def __call__(self, tokens_BS: Tensor) -> Tensor:
+        x = self.weights["embedding.word_embeddings.weight"][tokens_BS]
+        if self.model.position_embedding_type == "learned_absolute":
+            x = x + self.weights["embedding.position_embeddings.weight"][: tokens_BS.shape[1]]
+        for i in range(self.model.num_layers):
+            layer = f"layers.{i}"
+            attended = x + self.attention(layer, self.norm(f"{layer}.input_layernorm", x))
+            mlp_input = x if self.model.parallel_residual else attended
+            x = attended + self.mlp(layer, self.norm(f"{layer}.pre_mlp_layernorm", mlp_input))
+        tied = self.weights["embedding.word_embeddings.weight"]
+        return self.norm("final_norm", x) @ self.weights.get("head.weight", tied).T
