@@ -5,6 +5,7 @@ from megagpt.plan.deepspeed_config import DeepSpeedConfig, deepspeed_config_from
 from megagpt.plan.estimates import MemoryEstimate
 from megagpt.plan.load import load_preset, load_run_config, preset_names, run_config_from_dict
 from megagpt.plan.plan import Plan, make_plan
+from megagpt.plan.report import describe, plan_as_dict
 
 __all__ = [
     "DeepSpeedConfig",
@@ -13,10 +14,12 @@ __all__ = [
     "Plan",
     "RunConfig",
     "deepspeed_config_from_dict",
+    "describe",
     "load_deepspeed_config",
     "load_preset",
     "load_run_config",
     "make_plan",
+    "plan_as_dict",
     "preset_names",
     "run_config_from_dict",
 ]

@@ -126,8 +126,9 @@ def _build(tree: Any, source: str, problems: list[str]) -> RunConfig:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
         problems = [*problems, *describe_validation_error(error, tree)]
-    if problems or config is None:
+    if problems:
         raise ConfigError([f"{source}: {problem}" for problem in problems])
+    assert config is not None, "every finding of pydantic must be worded"
     return config
 
 

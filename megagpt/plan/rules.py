@@ -63,7 +63,10 @@ def check_tensor_parallel(run: RunConfig) -> list[str]:
     model, tensor = run.model, run.parallel.tensor_model_parallel_size
     works = math.gcd(model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size)
     problems = []
-    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+    keys = ["num_attention_heads", "num_query_groups", "ffn_hidden_size"]
+    if model.num_query_groups == model.num_attention_heads:
+        keys.remove("num_query_groups")  # it is the default, or says the same
+    for key in keys:
         value = getattr(model, key)
         if value % tensor:
             problems.append(
@@ -91,8 +94,8 @@ def check_pipeline(run: RunConfig, deepspeed: DeepSpeedConfig) -> list[str]:
     if stages > 1 and deepspeed.zero_stage >= 2:
         problems.append(
             f"{deepspeed.source}: zero_optimization.stage={deepspeed.zero_stage} does not go with "
-            f"parallel.pipeline_model_parallel_size={stages}: sharded gradients would be reduced once per "
-            "micro-batch; use stage 1, or pipeline_model_parallel_size=1"
+            f"parallel.pipeline_model_parallel_size={stages} (DeepSpeed's pipeline engine refuses it); "
+            "use stage 1, or pipeline_model_parallel_size=1"
         )
     return problems
 

@@ -48,20 +48,29 @@ def describe_validation_error(error: ValidationError, tree: dict[str, Any]) -> l
         tree: the raw sections, used to explain sizes that could not be derived.
     """
     sentences = (_describe_finding(finding, tree) for finding in error.errors())
-    return [sentence for sentence in sentences if sentence is not None]
+    return list(dict.fromkeys(sentence for sentence in sentences if sentence is not None))
 
 
 def _describe_finding(finding: ErrorDetails, tree: dict[str, Any]) -> str | None:
     """Word one finding; None if it only follows from another one that is reported too."""
     location = finding["loc"]
+    if location[:2] == ("data", "split"):
+        return "data.split must be a list of three numbers such as [90, 5, 5]"
     key = ".".join(str(part) for part in location)
     if finding["type"] == "missing":
         return _describe_missing(location, tree)
-    if finding["type"] == "extra_forbidden":
+    if location in DERIVED_KEYS and not _is_written(location, tree):
+        return None  # its source has the same wrong value, which is reported
+    if finding["type"] in ("extra_forbidden", "invalid_key"):
         return f"{key}: unknown key; {_hint_for_unknown_key(location)}"
     if finding["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key}={finding['input']!r} must be a section with keys of its own"
     return f"{key}={finding['input']!r} must be {_rule(finding)}"
+
+
+def _is_written(location: tuple[int | str, ...], tree: dict[str, Any]) -> bool:
+    section = tree.get(str(location[0]))
+    return isinstance(section, dict) and section.get(location[1]) is not None
 
 
 def _describe_missing(location: tuple[int | str, ...], tree: dict[str, Any]) -> str | None:
@@ -113,8 +122,6 @@ def _rule(finding: ErrorDetails) -> str:
         return "text (in quotes if YAML reads it as a number, a date or true/false)"
     if kind == "literal_error":
         return f"one of {context['expected']}"
-    if kind in ("tuple_type", "list_type"):
-        return "a list of numbers such as [90, 5, 5]"
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         words = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
         return next(f"{word} {context[limit]}" for limit, word in words.items() if limit in context)

@@ -1,0 +1,133 @@
+"""The Plan for people (`describe`) and for programs (`plan_as_dict`)."""
+
+import dataclasses
+from typing import Any
+
+from megagpt.plan.plan import Plan
+
+GIB = 1 << 30
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "total")
+
+
+def describe(plan: Plan) -> str:
+    """Describe a plan in a page of text: model, layout, batch, precision, stages with memory, FLOPs and notes."""
+    facts = [
+        ("model", _model_lines(plan)),
+        ("layout", _layout_lines(plan)),
+        ("batch", _batch_lines(plan)),
+        ("precision", _precision_lines(plan)),
+        ("run", _run_lines(plan)),
+    ]
+    lines = []
+    for title, texts in facts:
+        lines += [f"{title if index == 0 else '':<11}{text}" for index, text in enumerate(texts)]
+    lines += ["", *_memory_table(plan)]
+    if plan.notes:
+        lines += ["", *(f"note: {note}" for note in plan.notes)]
+    return "\n".join(lines)
+
+
+def plan_as_dict(plan: Plan) -> dict[str, Any]:
+    """Everything in a plan as plain values that JSON can hold: sizes as integers, memory in bytes per rank."""
+    plain = {
+        field.name: getattr(plan, field.name)
+        for field in dataclasses.fields(plan)
+        if field.name not in ("run", "deepspeed", "memory_per_stage", "stage_bounds", "notes")
+    }
+    return {
+        **plain,
+        "tokens_per_step": plan.tokens_per_step,
+        "stage_bounds": list(plan.stage_bounds),
+        "memory_per_stage": [
+            {"stage": estimate.stage, **{part: getattr(estimate, part) for part in MEMORY_PARTS}}
+            for estimate in plan.memory_per_stage
+        ],
+        "notes": list(plan.notes),
+        "run": plan.run.model_dump(mode="json"),
+        "engine_config": plan.engine_config(),
+    }
+
+
+def stage_contents(plan: Plan, stage: int) -> str:
+    """Name the pipeline layers of one stage, such as `embedding, layers 0-15`; layers count from 0."""
+    layers = plan.transformer_layers_of_stage(stage)
+    span = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
+    parts = ["embedding"] if stage == 0 else []
+    parts.append(span)
+    if stage == plan.pipeline_parallel_size - 1:
+        parts += ["final norm", "head"]
+    return ", ".join(parts)
+
+
+def short_count(number: float) -> str:
+    """Round a count to three digits with a unit: 8.03 B, 250 M."""
+    for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= scale:
+            return f"{number / scale:.3g}{unit}" if number < 999.5 * scale else f"{number / scale:.0f}{unit}"
+    return f"{number:g}"
+
+
+def _model_lines(plan: Plan) -> list[str]:
+    model = plan.model
+    name = f"{model.preset}: " if model.preset else ""
+    groups = model.num_query_groups
+    sharing = f" sharing {groups} key/value heads" if groups != model.num_attention_heads else ""
+    vocabulary = f"vocabulary {model.vocab_size:,}"
+    if plan.padded_vocab_size != model.vocab_size:
+        vocabulary += f" (padded to {plan.padded_vocab_size:,})"
+    return [
+        f"{name}{plan.num_parameters:,} parameters ({short_count(plan.num_parameters)})",
+        f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads of "
+        f"{model.kv_channels}{sharing}, MLP {model.ffn_hidden_size} ({model.activation}), {vocabulary}",
+    ]
+
+
+def _layout_lines(plan: Plan) -> list[str]:
+    sequence = "; norms and dropouts split along the sequence" if plan.run.parallel.sequence_parallel else ""
+    return [
+        f"{plan.world_size} ranks = tensor {plan.tensor_parallel_size} x pipeline {plan.pipeline_parallel_size} "
+        f"x data {plan.data_parallel_size}{sequence}"
+    ]
+
+
+def _batch_lines(plan: Plan) -> list[str]:
+    return [
+        f"{plan.global_batch_size:,} samples per step = micro-batch {plan.microbatch_size} x "
+        f"{plan.num_microbatches} micro-batches x data {plan.data_parallel_size}",
+        f"{plan.tokens_per_step:,} tokens per step = {plan.global_batch_size:,} samples x {plan.seq_length:,} tokens",
+    ]
+
+
+def _precision_lines(plan: Plan) -> list[str]:
+    clipping = f"clipped to norm {plan.gradient_clipping:g}" if plan.gradient_clipping > 0 else "not clipped"
+    return [
+        f"{plan.precision} weights; gradients summed in {plan.grad_accum_dtype} and {clipping}; "
+        f"ZeRO stage {plan.zero_stage}; {plan.run.optimizer.name}"
+    ]
+
+
+def _run_lines(plan: Plan) -> list[str]:
+    training = plan.run.training
+    per_step, per_rank = plan.flops_per_step, plan.flops_per_step / plan.world_size
+    recomputed = plan.hardware_flops_per_step / plan.flops_per_step
+    recompute = f"; executed: {recomputed:.2f} x as many (layers recomputed)" if recomputed > 1 else ""
+    return [
+        f"{training.steps:,} steps, {short_count(training.steps * plan.tokens_per_step)} tokens, "
+        f"{training.steps * per_step:.3g} FLOPs",
+        f"{per_step:.3g} FLOPs per step, {per_rank:.3g} per rank{recompute}",
+    ]
+
+
+def _memory_table(plan: Plan) -> list[str]:
+    """Table of the stages: what each holds, and estimated memory of one of its ranks."""
+    contents = [stage_contents(plan, stage) for stage in range(plan.pipeline_parallel_size)]
+    width = max(len("holds"), *(len(text) for text in contents))
+    scale, unit = (GIB, "GiB") if plan.memory.total >= GIB else (1 << 20, "MiB")
+    lines = [
+        f"estimated memory per rank in {unit} (buckets, temporary tensors and the framework come on top)",
+        f"{'stage':<7}{'holds':<{width}}" + "".join(f"{part:>13}" for part in MEMORY_PARTS),
+    ]
+    for text, estimate in zip(contents, plan.memory_per_stage, strict=True):
+        sizes = "".join(f"{getattr(estimate, part) / scale:>13.2f}" for part in MEMORY_PARTS)
+        lines.append(f"{estimate.stage:<7}{text:<{width}}{sizes}")
+    return lines

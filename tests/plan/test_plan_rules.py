@@ -1,0 +1,120 @@
+"""Each rule that spans sections or files, alone and all together."""
+
+import pytest
+
+from megagpt.errors import ConfigError
+from megagpt.plan import deepspeed_config_from_dict, make_plan, run_config_from_dict
+
+MODEL = {
+    "num_layers": 4,
+    "hidden_size": 96,
+    "num_attention_heads": 12,
+    "num_query_groups": 6,
+    "ffn_hidden_size": 384,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+}
+BF16 = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 8, "bf16": {"enabled": True}}
+
+
+def plan_of(sections=None, deepspeed=None, world_size=1):
+    """Plan of a small valid run with some keys replaced, section by section."""
+    tree = {"model": dict(MODEL), "training": {"steps": 10}}
+    for section, keys in (sections or {}).items():
+        tree[section] = {**tree.get(section, {}), **keys}
+    raw = {**BF16, **(deepspeed or {})}
+    return make_plan(run_config_from_dict(tree), deepspeed_config_from_dict(raw, source="ds.json"), world_size)
+
+
+def problems_of(*args, **kwargs):
+    with pytest.raises(ConfigError) as caught:
+        plan_of(*args, **kwargs)
+    return caught.value.problems
+
+
+def parallel(tensor=1, pipeline=1, sequence=False):
+    return {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "sequence_parallel": sequence,
+    }
+
+
+@pytest.mark.parametrize(
+    ("sections", "deepspeed", "world_size", "words"),
+    [
+        (
+            {"parallel": parallel(2, 2)},
+            {},
+            6,
+            "world size 6 is not a multiple of parallel.tensor_model_parallel_size x pipeline_model_parallel_size "
+            "= 2 x 2 = 4; start 4 or 8 ranks",
+        ),
+        ({"parallel": parallel(2, 2)}, {}, 2, "start 4 ranks"),
+        ({}, {}, 0, "world size 0"),
+        ({"model": {"num_query_groups": 5}}, {}, 1, "use num_query_groups 1, 2, 3, 4, 6 or 12"),
+        ({"model": {"kv_channels": 7}}, {}, 1, "gives 7 rotated channels"),
+        ({"model": {"rotary_percent": 0.1}}, {}, 1, "gives 0 rotated channels"),
+        (
+            {"model": {"num_query_groups": 12}, "parallel": parallel(8)},
+            {},
+            8,
+            "model.num_attention_heads=12 is not divisible by parallel.tensor_model_parallel_size=8; "
+            "use 1, 2, 3, 4, 6 or 12",
+        ),
+        ({"parallel": parallel(4)}, {}, 4, "model.num_query_groups=6 is not divisible by"),
+        ({"model": {"ffn_hidden_size": 387}, "parallel": parallel(2)}, {}, 2, "ffn_hidden_size=387"),
+        ({"parallel": parallel(sequence=True)}, {}, 1, "parallel.tensor_model_parallel_size=1; set sequence_parallel"),
+        ({"parallel": parallel(pipeline=5)}, {}, 5, "model.num_layers=4 is less than"),
+        (
+            {"parallel": parallel(pipeline=2)},
+            {"zero_optimization": {"stage": 2}},
+            2,
+            "ds.json: zero_optimization.stage=2 does not go with parallel.pipeline_model_parallel_size=2",
+        ),
+        ({"training": {"seq_length": 65}}, {}, 1, "training.seq_length=65 is more than"),
+        ({"training": {"seq_length": 31}, "parallel": parallel(2, sequence=True)}, {}, 2, "use 30 or 32"),
+        ({"optimizer": {"min_lr": 1.0}}, {}, 1, "optimizer.min_lr=1 is more than optimizer.lr=0.0003"),
+        ({"optimizer": {"warmup_steps": 10}}, {}, 1, "optimizer.warmup_steps=10 is not less than"),
+        ({"data": {"split": [0, 1, 1]}}, {}, 1, "data.split=[0.0, 1.0, 1.0] must hold shares"),
+        ({"data": {"split": [2, -1, 1]}}, {}, 1, "data.split=[2.0, -1.0, 1.0] must hold shares"),
+        ({"checkpoint": {"save_interval": 5}}, {}, 1, "checkpoint.save_interval=5 needs a place to save to"),
+        ({}, {"bf16": {"enabled": False}, "fp16": {"enabled": True}}, 1, "fp16 is not supported yet; use bf16"),
+        ({}, {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, 1, "offload_param is not"),
+        ({}, {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}}, 1, "offload_optimizer is"),
+        ({}, {"zero_optimization": {"stage": 1, "cpu_offload": True}}, 1, "cpu_offload is not supported yet"),
+        ({"parallel": parallel(2, sequence=True)}, {"pipeline": {"pipe_partitioned": True}}, 2, "remove it"),
+        ({}, {"train_batch_size": 7}, 1, "ds.json: train_batch_size=7 is not"),
+    ],
+)
+def test_each_broken_rule_gets_one_sentence(sections, deepspeed, world_size, words):
+    (problem,) = problems_of(sections, deepspeed, world_size)
+    assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("sections", "deepspeed", "world_size"),
+    [
+        ({}, {}, 1),
+        ({"parallel": parallel(2, 2, sequence=True)}, {}, 8),
+        ({"parallel": parallel(6, 4)}, {}, 24),
+        ({"parallel": parallel(2)}, {"zero_optimization": {"stage": 3}}, 4),
+        ({}, {"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}}, 1),
+        ({"model": {"kv_channels": 7, "position_embedding_type": "learned_absolute"}}, {}, 1),
+        ({"checkpoint": {"save_interval": 5, "directory": "runs/x"}}, {}, 1),
+        ({"optimizer": {"warmup_steps": 9, "min_lr": 3e-4}}, {}, 1),
+        ({"data": {"split": [1, 0, 0]}}, {}, 1),
+    ],
+)
+def test_valid_runs_pass(sections, deepspeed, world_size):
+    assert plan_of(sections, deepspeed, world_size).world_size == world_size
+
+
+def test_all_broken_rules_are_reported_at_once():
+    problems = problems_of(
+        {"parallel": parallel(5), "training": {"seq_length": 65}, "checkpoint": {"save_interval": 1}},
+        {"zero_optimization": {"offload_param": {"device": "cpu"}}, "train_batch_size": 7},
+        world_size=5,
+    )
+    # heads, groups, MLP; sequence; checkpoint; offload; batch
+    assert len(problems) == 7
