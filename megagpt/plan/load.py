@@ -117,15 +117,19 @@ def _build(tree: Any, source: str, problems: list[str]) -> RunConfig:
     """Expand the preset and validate the tree; `problems` found before are reported along with the new ones."""
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: must hold sections (model:, training:, ...), not {tree!r}")
+    preset_problems: list[str] = []
     try:
         tree = _expand_preset(tree)
     except ConfigError as error:
-        problems = [*problems, *error.problems]
-    config = None
+        preset_problems = error.problems
+    config, findings = None, []
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        problems = [*problems, *describe_validation_error(error, tree)]
+        findings = describe_validation_error(error, tree)
+        if preset_problems:  # what the preset would have brought is not the user's to write
+            findings = [text for text in findings if not (text.startswith("model.") and " is missing" in text)]
+    problems = [*problems, *preset_problems, *findings]
     if problems:
         raise ConfigError([f"{source}: {problem}" for problem in problems])
     assert config is not None, "every finding of pydantic must be worded"

@@ -158,9 +158,14 @@ def test_missing_sections():
 
 
 def test_unknown_preset_lists_the_shipped_ones():
-    (problem, *_) = problems_of({"model": {"preset": "llama9"}, "training": {"steps": 1}})
+    (problem,) = problems_of({"model": {"preset": "llama9"}, "training": {"steps": 1}})
     assert "model.preset='llama9' is not a shipped model; use one of " in problem
     assert "quickstart" in problem
+
+
+def test_unknown_preset_is_an_error_even_if_nothing_is_missing():
+    (problem,) = problems_of({"model": {"preset": "llama9", **SMALL}, "training": {"steps": 1}})
+    assert "model.preset='llama9'" in problem
 
 
 def test_presets_do_not_nest(tmp_path):
