@@ -84,11 +84,10 @@ def write_safetensors(path: Path, shapes: Shapes, dtype: torch.dtype, make: Call
             digest.update(block)
             file.write(block)
         for name, shape in shapes.items():
-            tensor = make(name)
-            assert tuple(tensor.shape) == shape, name
-            data = _rounded(name, tensor, dtype).reshape(-1).view(torch.uint8).numpy().data
+            data = _bytes_of(name, make(name), shape, dtype)
             digest.update(data)
             file.write(data)
+            del data  # frees this tensor before the next one is made
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
@@ -96,17 +95,21 @@ def write_safetensors(path: Path, shapes: Shapes, dtype: torch.dtype, make: Call
     return WrittenFile(size, digest.hexdigest())
 
 
-def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _bytes_of(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> memoryview:
+    """A tensor's bytes after rounding to `dtype`; without a copy if it has that type already."""
+    assert tuple(tensor.shape) == shape, name
     tensor = tensor.detach().cpu()
     rounded = tensor.to(dtype).contiguous()
-    if not bool(torch.isfinite(rounded).all()):
-        if bool(torch.isfinite(tensor).all()):
-            largest = float(tensor.abs().max())
+    if not _is_finite(rounded):
+        if _is_finite(tensor):
             raise ConversionError(
-                f"{name} has the value {largest:g}, beyond the range of {str(dtype).removeprefix('torch.')}; "
-                "export as bfloat16 or float32"
+                f"{name} has the value {float(tensor.abs().max()):g}, beyond the range of "
+                f"{str(dtype).removeprefix('torch.')}; export as bfloat16 or float32"
             )
-        raise ConversionError(
-            f"{name} has values that are not finite; the run has diverged, export an earlier checkpoint"
-        )
-    return rounded
+        raise ConversionError(f"{name} has values that are not finite; the run diverged, export an earlier checkpoint")
+    return rounded.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite. Not-a-number passes through minimum and maximum, which need no copy."""
+    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))
