@@ -27,8 +27,22 @@ from megagpt.errors import DataError
 _TEXT_SUFFIXES = (".rst", ".md", ".txt")
 # Tests and vendored copies say little or say it twice; site-packages lies inside the standard library's folder.
 _SKIPPED_FOLDERS = frozenset(
-    "test tests testing __pycache__ _vendor vendor site-packages dist-packages node_modules licenses include"
-    " lib2to3 idlelib testdata".split()
+    [
+        "test",
+        "tests",
+        "testing",
+        "__pycache__",
+        "_vendor",
+        "vendor",
+        "site-packages",
+        "dist-packages",
+        "node_modules",
+        "licenses",
+        "include",
+        "lib2to3",
+        "idlelib",
+        "testdata",
+    ]
 )
 _SKIPPED_STEMS = ("license", "licence", "copying", "notice", "authors", "top_level", "entry_points", "requirements")
 _LARGEST_FILE = 2_000_000
