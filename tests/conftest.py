@@ -10,14 +10,15 @@ import pytest
 @pytest.fixture(scope="session")
 def libraries() -> None:
     """Import torch, DeepSpeed and Megatron-Core in the parent, so that forked ranks start at once."""
-    from megagpt.parallel import quiet_libraries
+    from megagpt.parallel.console import quiet_libraries
 
     quiet_libraries(verbose=False)
     import torch
 
     torch.set_num_threads(1)
+    from megagpt.parallel.without_cuda import prepare_deepspeed, support_hosts_without_cuda
+
+    prepare_deepspeed()
+    support_hosts_without_cuda()
     import megagpt.checkpoint
     import megagpt.engine
-    from megagpt.parallel.without_cuda import support_hosts_without_cuda
-
-    support_hosts_without_cuda()

@@ -18,9 +18,13 @@ from megagpt.errors import CheckpointError
 from megagpt.model.initialize import full_shape
 from megagpt.model.partition import partition_of
 from megagpt.optim import MOMENTS
-from megagpt.parallel import Console, Ranks
+from megagpt.parallel.console import Console
+from megagpt.parallel.ranks import Ranks
 from megagpt.parallel.rng import rng_state, set_rng_state
 from megagpt.plan import Plan
+
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
 
 PROBE_POSITIONS = 32
 """Positions of the probe whose logits are kept: enough to tell models apart, little enough to keep for ever."""
@@ -266,5 +270,6 @@ def probe_tokens(plan: Plan) -> Tensor:
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> File:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner may read
     sync_path(path)
     return File(bytes=path.stat().st_size, sha256=sha256_of(path))

@@ -1,6 +1,5 @@
 """Read a checkpoint: the whole of a parameter or one tensor-parallel rank's shard of it, whatever layout wrote it."""
 
-from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
@@ -142,11 +141,11 @@ class CheckpointReader:
             raise CheckpointError(f"{path}: not readable ({error}); use another checkpoint") from None
 
 
-def intact_checkpoints(directory: Path) -> Iterator[Path]:
-    """Checkpoints whose manifest can be read, newest first; files are not hashed here."""
+def finished_step(directory: Path) -> int | None:
+    """Step of the newest checkpoint whose manifest can be read; None if there is none. Files are not checked."""
     for folder in list_checkpoints(directory):
         try:
-            read_manifest(folder)
+            return read_manifest(folder).step
         except CheckpointError:
             continue
-        yield folder
+    return None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megagpt.engine.fragments import Fragment, local_fragments
 from megagpt.model import GPT, PipelineLayer, canonical_name, initialize_weights, language_model_loss, pipeline_layers
 from megagpt.optim import build_optimizer
-from megagpt.parallel import Ranks
+from megagpt.parallel.ranks import Ranks
 from megagpt.plan import Plan
 
 Batch = tuple[Tensor, Tensor]

@@ -120,12 +120,12 @@ def start_ranks(plan: Plan, launch: Launch) -> Ranks:
         plan: the layout.
         launch: this process's rank as the launcher gave it.
     """
-    # deepspeed patches torch.distributed on import, so it comes before the first group.
+    from megagpt.parallel.without_cuda import prepare_deepspeed, support_hosts_without_cuda
+
+    prepare_deepspeed()
+    support_hosts_without_cuda()
     import deepspeed
 
-    from megagpt.parallel.without_cuda import support_hosts_without_cuda
-
-    support_hosts_without_cuda()
     launch.export()
     if torch.cuda.is_available():
         torch.cuda.set_device(launch.local_rank)

@@ -5,12 +5,13 @@ both questions have an answer of the same meaning: the CPU, and the CPU's random
 replaced, the very same model code runs on gloo ranks. On a CUDA host nothing is touched.
 """
 
+import os
+
 import torch
 
 
 def support_hosts_without_cuda() -> None:
     """Answer Megatron-Core's questions about the CUDA device with the CPU, if there is no CUDA device; idempotent."""
-    _use_plain_gloo_collectives()
     if torch.cuda.is_available():
         return
     import megatron.core.tensor_parallel.random as mcore_random
@@ -25,12 +26,14 @@ def support_hosts_without_cuda() -> None:
     mcore_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
 
 
-def _use_plain_gloo_collectives() -> None:
-    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPU ranks.
+def prepare_deepspeed() -> None:
+    """Import DeepSpeed, for the CPU if there is no CUDA device, and without its shared-memory all-reduce for CPU ranks.
 
-    It needs a compiler at run time, and leaves a 69 MB file per rank in /dev/shm behind when a rank is killed, which
+    That one needs a compiler at run time, and leaves a 69 MB file per rank in /dev/shm behind when a rank is killed, which
     after some hundred runs fills the machine's memory. Plain gloo gives the same sums.
     """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it guesses, and warns about its guess
     import deepspeed.comm.torch
 
     deepspeed.comm.torch.build_shm_op = lambda: None

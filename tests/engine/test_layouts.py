@@ -69,7 +69,7 @@ def reference_curve(plan) -> list[tuple[float, float]]:
     from megagpt.engine.engine import named_parameters
     from megagpt.model import GPT, initialize_weights
     from megagpt.optim import build_optimizer
-    from megagpt.parallel import start_single_process
+    from megagpt.parallel.ranks import start_single_process
 
     start_single_process()
     model = GPT(plan)
@@ -92,7 +92,8 @@ def reference_curve(plan) -> list[tuple[float, float]]:
 def engine_curve(plan) -> list[tuple[float, float]]:
     """Loss and gradient norm per step under DeepSpeed, on this rank."""
     from megagpt.engine import build_engine
-    from megagpt.parallel import detect_launch, start_ranks
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.parallel.ranks import start_ranks
 
     ranks = start_ranks(plan, detect_launch())
     engine = build_engine(plan, ranks)

@@ -1,0 +1,116 @@
+"""Run a trained model in one process: load it from a checkpoint of any layout, continue a prompt."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megagpt.checkpoint import CheckpointReader, find_checkpoint
+from megagpt.data.tokenizer import Tokenizer
+from megagpt.errors import CheckpointError, ConfigError
+from megagpt.model import GPT
+from megagpt.parallel.ranks import start_single_process
+from megagpt.plan import Plan, deepspeed_config_from_dict, make_plan, run_config_from_dict
+
+
+def single_process_plan(reader: CheckpointReader) -> Plan:
+    """The Plan of a checkpoint's model in one process, fp32, whatever layout trained it."""
+    tree = reader.run.model_dump(mode="json")
+    tree["parallel"] |= {
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "sequence_parallel": False,
+    }
+    config = deepspeed_config_from_dict({"train_batch_size": 1})
+    return make_plan(run_config_from_dict(tree, source=str(reader.folder)), config, 1)
+
+
+def load_model(path: Path) -> tuple[GPT, CheckpointReader]:
+    """The model of a checkpoint with its fp32 master weights, in evaluation mode.
+
+    Args:
+        path: a checkpoint, or the checkpoint directory of a run (its newest one is taken).
+
+    Raises:
+        CheckpointError: there is no checkpoint, a file of it is damaged, or its parameters are not this model's.
+    """
+    reader = CheckpointReader(find_checkpoint(path))
+    if problems := reader.problems():
+        raise CheckpointError("\n".join(f"{problem}; use another checkpoint" for problem in problems))
+    start_single_process()
+    plan = single_process_plan(reader)
+    model = GPT(plan)
+    parameters = dict(model.named_parameters())
+    named = {name.replace(".block.", "."): parameter for name, parameter in parameters.items()}
+    if missing := set(named) ^ set(reader.names):
+        raise CheckpointError(f"{reader.folder}: parameters {sorted(missing)} are in only one of checkpoint and model")
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(reader.shard(name, "weight", 0, 1, plan.padded_vocab_size))
+    return model.eval(), reader
+
+
+def model_logits(model: GPT, tokens_BS: Tensor, vocab_size: int) -> Tensor:
+    """Logits [B, S, vocabulary] in fp32, without the vocabulary's padding."""
+    with torch.no_grad():
+        return model(tokens_BS)[..., :vocab_size].transpose(0, 1).float()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token; higher is more random."""
+    top_k: int = 0
+    """Choose among the k likeliest tokens only; 0: all."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens that together have this probability (Holtzman et al. 2020)."""
+    seed: int = 0
+    """Seed of the choice."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ConfigError(f"--temperature={self.temperature} is negative; 0 is greedy, about 0.8 varied")
+        if self.top_k < 0:
+            raise ConfigError(f"--top-k={self.top_k} is negative; 0 means all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p={self.top_p} is not in (0, 1]; 1 means all tokens")
+
+
+def generate(
+    model: GPT, reader: CheckpointReader, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling
+) -> Iterator[int]:
+    """Token ids that continue a prompt, one by one, until the end-of-document token or the model's context is full.
+
+    Raises:
+        ConfigError: the prompt is empty or longer than the context.
+    """
+    context = reader.run.model.max_position_embeddings
+    tokens = tokenizer.encode(prompt)
+    if not tokens:
+        raise ConfigError("the prompt is empty; give at least one character")
+    if len(tokens) >= context:
+        raise ConfigError(f"the prompt has {len(tokens)} tokens but the model's context is {context}; shorten it")
+    generator = torch.Generator().manual_seed(sampling.seed)
+    for _ in range(min(max_new_tokens, context - len(tokens))):
+        logits_V = model_logits(model, torch.tensor([tokens]), reader.run.model.vocab_size)[0, -1]
+        token = _choose(logits_V, sampling, generator)
+        if token == tokenizer.eod_id:
+            return
+        tokens.append(token)
+        yield token
+
+
+def _choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    probabilities, tokens = torch.softmax(logits_V / sampling.temperature, -1).sort(descending=True)
+    if sampling.top_k:
+        probabilities, tokens = probabilities[: sampling.top_k], tokens[: sampling.top_k]
+    # The token that crosses top_p still belongs to the set.
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities * (before < sampling.top_p)
+    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,0 +1,35 @@
+"""Ask a run to stop: a signal to any rank lets all ranks save together and leave.
+
+No torch here: the handlers are installed before the heavy imports, so that no signal is lost.
+"""
+
+import signal
+from collections.abc import Iterable
+from types import FrameType
+from typing import Protocol
+
+
+class Agreement(Protocol):
+    """What is needed of the ranks."""
+
+    def any(self, flag: bool) -> bool: ...
+
+
+class StopSignal:
+    """Remembers that a signal has come.
+
+    Args:
+        signals: which ones; Slurm sends SIGTERM before it takes a job away, SIGUSR1 as asked for by `--signal`.
+    """
+
+    def __init__(self, signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1)):
+        self.received: signal.Signals | None = None
+        for number in signals:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+
+    def agreed_by(self, ranks: Agreement) -> bool:
+        """True on all ranks if any of them has been asked to stop; collective."""
+        return ranks.any(self.received is not None)

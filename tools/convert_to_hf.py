@@ -1,0 +1,33 @@
+"""Convert a checkpoint to a Hugging Face folder: `python tools/convert_to_hf.py --checkpoint DIR --output DIR`."""
+
+import argparse
+from pathlib import Path
+
+from megagpt.errors import run_command
+from megagpt.parallel.console import quiet_libraries
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Write a checkpoint of any layout as a Hugging Face folder and compare its logits with the trained model's."
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint, or a run's checkpoint directory")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write; must not exist")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights")
+    parser.add_argument("--tokenizer", help="tokenizer file (default: the one that the run was trained with)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--verbose", action="store_true", help="show the libraries' warnings")
+    args = parser.parse_args()
+    quiet_libraries(args.verbose)
+
+    from megagpt.export import export_checkpoint
+
+    checked = export_checkpoint(args.checkpoint, args.output, args.dtype, args.tokenizer, args.overwrite)
+    export = checked.export
+    print(f"{export.folder}: {export.family}, {export.parameters:,} parameters, {export.weight_bytes / 1e6:,.1f} MB of {args.dtype} weights")
+    print(f"logits against the checkpoint's model:   {checked.against_model}")
+    print(f"logits against the training ranks:       {checked.against_training}")
+
+
+if __name__ == "__main__":
+    run_command(main)
