@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from megagpt.convert.tables import Dtype, Family
+from megagpt.convert.family import Dtype, Family
 from megagpt.plan.config import ModelConfig
 
 _USE = """```python

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagpt.convert.tables import TokenIds
+from megagpt.convert.family import TokenIds
 from megagpt.errors import ConversionError, DataError
 
 SPACE_MARK = "\u2581"  # sentencepiece writes a space as this character

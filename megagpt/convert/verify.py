@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megagpt.convert.family import Dtype
 from megagpt.convert.safetensors_stream import TORCH_DTYPES
-from megagpt.convert.tables import Dtype
 from megagpt.errors import ConversionError
 
 # Share of the largest reference logit. Rounding all weights and activations to 16 bits moves logits by percents.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import megagpt
 from megagpt.convert.canonical import canonical_shapes, check_names
+from megagpt.convert.family import Dtype, Family, Read, TokenIds
 from megagpt.convert.model_card import model_card
 from megagpt.convert.safetensors_stream import (
     TORCH_DTYPES,
@@ -27,7 +28,7 @@ from megagpt.convert.safetensors_stream import (
     shard_names,
     write_safetensors,
 )
-from megagpt.convert.tables import Dtype, Family, Read, TokenIds, family_for
+from megagpt.convert.tables import family_for
 from megagpt.convert.tokenizer import export_tokenizer
 from megagpt.errors import ConversionError
 from megagpt.plan.config import ModelConfig

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from megagpt.convert.tables import TokenIds
+from megagpt.convert.family import TokenIds
 from megagpt.convert.tokenizer import (
     SPACE_MARK,
     build_tokenizer,

@@ -8,7 +8,8 @@ from convert_reference import GPT2, MODELS, NEOX, SIZES, ReferenceGPT, model_of,
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megagpt.convert.canonical import canonical_shapes
-from megagpt.convert.tables import FAMILIES, TokenIds, family_for
+from megagpt.convert.family import TokenIds
+from megagpt.convert.tables import FAMILIES, family_for
 from megagpt.errors import ConversionError
 from megagpt.plan.config import ModelConfig
 
