@@ -1,0 +1,173 @@
+"""Resume: bit for bit on the same layout, the same curve on another one, never from a damaged file."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from ranks import RankFailedError, run_ranks
+from tiny import ADAM, SGD, rank_batches, tiny_plan
+
+pytestmark = pytest.mark.usefixtures("libraries")
+
+HALF, WHOLE = 3, 6
+
+
+def plan_in(folder: Path, **layout):
+    sections = {"checkpoint": {"directory": str(folder)}}
+    return tiny_plan(layout.pop("model", "llama"), layout.pop("optimizer", ADAM), steps=WHOLE, sections=sections, **layout)
+
+
+def curve(plan, save_at: int | None = None, resumes: bool = False, until: int = WHOLE) -> list[tuple[float, float]]:
+    """(loss, gradient norm) per step on this rank; saves after `save_at` steps, or resumes first."""
+    from megagpt.checkpoint import Checkpoints, TrainState
+    from megagpt.engine import build_engine
+    from megagpt.parallel.console import Console
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.parallel.ranks import start_ranks
+
+    ranks = start_ranks(plan, detect_launch())
+    engine = build_engine(plan, ranks)
+    checkpoints = Checkpoints(plan, engine, ranks, Console(ranks.rank))
+    state = TrainState()
+    if resumes:
+        restored = checkpoints.restore_latest()
+        assert restored is not None, "there is a checkpoint to resume from"
+        state = restored
+    values = []
+    while state.step < until:
+        result = engine.train_step(rank_batches(plan, ranks.data_rank, state.step), plan.run.optimizer.lr)
+        state = state.advance(plan.global_batch_size)
+        values.append((float(result.loss), float(result.grad_norm)))
+        if state.step == save_at:
+            checkpoints.save(state, {})
+    return values
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tp": 2, "pp": 2},
+        {"tp": 2, "pp": 2, "precision": "bf16", "model": "gpt2"},
+        {"pp": 2, "dp": 2, "optimizer": SGD},
+        {"tp": 2, "dp": 2, "zero": 2, "precision": "bf16"},
+        {"dp": 2, "zero": 3},
+        {"tp": 2, "sp": True},
+    ],
+    ids=lambda layout: "-".join(f"{key}{value if isinstance(value, str | int) else ''}" for key, value in layout.items()),
+)
+def test_resume_is_bit_exact(tmp_path, layout):
+    plan = plan_in(tmp_path, dropout=0.1, **layout)
+    undisturbed = run_ranks(curve, plan.world_size, plan, save_at=HALF)
+    resumed = run_ranks(curve, plan.world_size, plan, resumes=True)
+    assert [values[HALF:] for values in undisturbed] == resumed
+
+
+@pytest.mark.parametrize("source", [{"tp": 2, "pp": 2}, {"dp": 2, "zero": 3}], ids=["tp2pp2", "zero3"])
+def test_resume_on_another_layout_continues_the_curve(tmp_path, source):
+    plan = plan_in(tmp_path, optimizer=ADAM, **source)
+    expected = run_ranks(curve, plan.world_size, plan, save_at=HALF)[0][HALF:]
+    for target in ({}, {"pp": 2, "dp": 2}, {"tp": 2, "dp": 2, "zero": 2}, {"tp": 2, "zero": 3}):
+        other = plan_in(tmp_path, **target)
+        values = run_ranks(curve, other.world_size, other, resumes=True)[0]
+        assert [v[0] for v in values] == pytest.approx([v[0] for v in expected], abs=1e-5), target
+        assert [v[1] for v in values] == pytest.approx([v[1] for v in expected], rel=1e-4), target
+
+
+def test_tied_weights_survive_a_move(tmp_path):
+    plan = plan_in(tmp_path, model="gpt2", tp=2, pp=2)
+    expected = run_ranks(curve, 4, plan, save_at=HALF)[0][HALF:]
+    other = plan_in(tmp_path, model="gpt2", tp=1, pp=2)
+    values = run_ranks(curve, 2, other, resumes=True)[0]
+    assert [v[0] for v in values] == pytest.approx([v[0] for v in expected], abs=1e-5)
+
+
+def test_damaged_checkpoints_are_skipped_loudly(tmp_path):
+    plan = plan_in(tmp_path)
+    run_ranks(curve, 1, plan, save_at=1, until=1)
+    run_ranks(curve, 1, plan, save_at=2, until=2)
+    newest = tmp_path / "step-00000002"
+    weights = newest / "rank-00000.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    steps, said = run_ranks(restored_step, 1, plan)[0]
+    assert steps == 1
+    assert "rank-00000.safetensors: SHA-256 differs" in said
+    assert "the next older one is tried" in said
+
+    weights.write_bytes(data[:1000])
+    assert "1000 bytes" in run_ranks(restored_step, 1, plan)[0][1]
+    weights.unlink()
+    assert "missing" in run_ranks(restored_step, 1, plan)[0][1]
+    (newest / "manifest.json").write_text("{")
+    assert run_ranks(restored_step, 1, plan)[0][0] == 1
+
+
+def restored_step(plan) -> tuple[int | None, str]:
+    import contextlib
+    import io
+
+    from megagpt.checkpoint import Checkpoints
+    from megagpt.engine import build_engine
+    from megagpt.parallel.console import Console
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.parallel.ranks import start_ranks
+
+    ranks = start_ranks(plan, detect_launch())
+    checkpoints = Checkpoints(plan, build_engine(plan, ranks), ranks, Console(ranks.rank))
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        state = checkpoints.restore_latest()
+    return (None if state is None else state.step), said.getvalue()
+
+
+def test_another_model_is_refused_with_the_difference(tmp_path):
+    run_ranks(curve, 1, plan_in(tmp_path), save_at=1, until=1)
+    other = plan_in(tmp_path, model="gpt2")
+    with pytest.raises(RankFailedError, match=r"belongs to another model: .*model\.num_layers=3 \(there 4\)"):
+        run_ranks(curve, 1, other, resumes=True)
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
+    plan = plan_in(tmp_path, dp=2)
+    run_ranks(curve, 2, plan, save_at=1, until=1)
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "copy")
+
+    def fail_on_rank_1() -> None:
+        import megagpt.checkpoint.checkpoints as module
+
+        def full_disk(tensors, path):
+            raise OSError(28, "No space left on device", str(path))
+
+        if os.environ["RANK"] == "1":
+            module.save_file = full_disk
+        curve(plan, save_at=2, until=2)
+
+    with pytest.raises(RankFailedError, match=r"step-00000002: could not be saved \(rank 1: .*No space left"):
+        run_ranks(fail_on_rank_1, 2)
+    assert not (tmp_path / "step-00000002").exists()
+    for path in (tmp_path / "copy").iterdir():
+        assert path.read_bytes() == (tmp_path / "step-00000001" / path.name).read_bytes()
+    assert run_ranks(curve, 2, plan, resumes=True)  # and the run goes on
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    def save_five() -> None:
+        plan = plan_in(tmp_path)
+        from megagpt.checkpoint import Checkpoints, TrainState
+        from megagpt.engine import build_engine
+        from megagpt.parallel.console import Console
+        from megagpt.parallel.launch import detect_launch
+        from megagpt.parallel.ranks import start_ranks
+
+        ranks = start_ranks(plan, detect_launch())
+        engine = build_engine(plan, ranks)
+        checkpoints = Checkpoints(plan, engine, ranks, Console(1))
+        state = TrainState()
+        for step in range(5):
+            engine.train_step(rank_batches(plan, 0, step), 1e-3)
+            state = state.advance(8)
+            checkpoints.save(state, {})
+
+    run_ranks(save_five, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]

@@ -1,0 +1,107 @@
+"""Tiny models, plans and datasets that tests share."""
+
+from pathlib import Path
+
+import torch
+
+from megagpt.plan import Plan, deepspeed_config_from_dict, make_plan, run_config_from_dict
+
+GLOBAL_BATCH, MICRO_BATCH, SEQUENCE = 8, 2, 32
+
+LLAMA = dict(num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=96, vocab_size=250)
+GPT2 = dict(
+    num_layers=3,
+    hidden_size=48,
+    num_attention_heads=4,
+    vocab_size=131,
+    position_embedding_type="learned_absolute",
+    normalization="LayerNorm",
+    activation="gelu_tanh",
+    add_bias_linear=True,
+    untie_embeddings_and_output_weights=False,
+)
+NEOX = dict(GPT2, position_embedding_type="rope", rotary_percent=0.5, parallel_residual=True, activation="gelu")
+MODELS = {"llama": LLAMA, "gpt2": GPT2, "neox": NEOX}
+
+ADAM = dict(name="adamw", lr=1e-3, min_lr=1e-3)
+SGD = dict(name="sgd", lr=0.5, min_lr=0.5, weight_decay=0.0)
+"""Adam hides errors in the scale of gradients; SGD with clipping does not."""
+
+
+def tiny_plan(
+    model: str = "llama",
+    optimizer: dict = ADAM,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    zero: int = 1,
+    precision: str = "fp32",
+    sp: bool = False,
+    steps: int = 20,
+    dropout: float = 0.0,
+    recompute: str = "none",
+    sections: dict | None = None,
+) -> Plan:
+    """The Plan of a tiny model; `sections` are merged into the run config."""
+    tree: dict = {
+        "model": {
+            **MODELS[model],
+            "max_position_embeddings": SEQUENCE,
+            "hidden_dropout": dropout,
+            "attention_dropout": dropout,
+        },
+        "parallel": {
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": pp,
+            "sequence_parallel": sp,
+            "make_vocab_size_divisible_by": 16,
+        },
+        "optimizer": optimizer,
+        "training": {"steps": steps, "recompute_granularity": recompute},
+    }
+    for name, section in (sections or {}).items():
+        tree[name] = {**tree.get(name, {}), **section}
+    deepspeed: dict = {
+        "train_batch_size": GLOBAL_BATCH,
+        "train_micro_batch_size_per_gpu": MICRO_BATCH,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": zero},
+    }
+    if precision == "bf16":
+        deepspeed |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return make_plan(run_config_from_dict(tree), deepspeed_config_from_dict(deepspeed), tp * pp * dp)
+
+
+def micro_batch(step: int, first: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples first, first+1 of a step: arithmetic sequences, learnable at once."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    start = torch.randint(0, vocab_size, (GLOBAL_BATCH, 1), generator=generator)
+    stride = torch.randint(1, 5, (GLOBAL_BATCH, 1), generator=generator)
+    tokens = (start + torch.arange(SEQUENCE + 1) * stride) % vocab_size
+    part = tokens[first : first + MICRO_BATCH]
+    return part[:, :-1].contiguous(), part[:, 1:].contiguous()
+
+
+def rank_batches(plan: Plan, data_rank: int, step: int):
+    """One data-parallel rank's micro-batches of a step."""
+    firsts = [(m * plan.data_parallel_size + data_rank) * MICRO_BATCH for m in range(plan.num_microbatches)]
+    return iter([micro_batch(step, first, plan.model.vocab_size) for first in firsts])
+
+
+def write_tiny_dataset(folder: Path) -> tuple[str, str]:
+    """A tokenizer of 300 tokens and a dataset of some 10,000 tokens; returns data.prefix and data.tokenizer."""
+    import json
+    import random
+
+    from megagpt.data.preprocess import preprocess
+    from megagpt.data.tokenizer import train_sentencepiece
+
+    words = "the tensor layer returns value shape rank loss model of a each step data and gradient token".split()
+    chooser = random.Random(0)
+    texts = [" ".join(chooser.choices(words, k=chooser.randint(20, 60))) + "." for _ in range(250)]
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train_sentencepiece(texts, folder / "tokenizer", vocab_size=300)
+    preprocess([corpus], folder / "data", folder / "tokenizer.model")
+    return str(folder / "data"), str(folder / "tokenizer.model")
