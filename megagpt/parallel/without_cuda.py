@@ -5,7 +5,9 @@ both questions have an answer of the same meaning: the CPU, and the CPU's random
 replaced, the very same model code runs on gloo ranks. On a CUDA host nothing is touched.
 """
 
+import importlib
 import os
+from typing import Any
 
 import torch
 
@@ -34,6 +36,6 @@ def prepare_deepspeed() -> None:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it guesses, and warns about its guess
-    import deepspeed.comm.torch
-
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # `deepspeed.comm.torch` as an attribute is torch itself: deepspeed.comm star-imports a module that imports torch.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
