@@ -35,6 +35,10 @@ class CheckpointError(MegagptError):
     """A checkpoint is missing, damaged or belongs to another model."""
 
 
+class TrainingError(MegagptError):
+    """A run cannot go on: its loss is no number any more, or one of its ranks is lost."""
+
+
 class ConversionError(MegagptError):
     """A model has no exact counterpart in the target format, or its logits differ after conversion."""
 

@@ -4,7 +4,7 @@ Losses and norms are kept on the device and fetched once per report, so that ste
 """
 
 import json
-import os
+import math
 import sys
 import time
 from datetime import timedelta
@@ -15,6 +15,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from megagpt.data.files import write_whole
+from megagpt.errors import TrainingError
 from megagpt.evaluate import perplexity
 from megagpt.parallel.console import Console
 from megagpt.plan import Plan
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
+PREVIOUS_METRICS_FILE = "metrics.previous.jsonl"
 
 
 class Meter:
@@ -32,7 +35,11 @@ class Meter:
     Args:
         plan: gives intervals, sizes and folders.
         console: where lines go.
-        first_step: updates done before this process; later records of an earlier process are dropped.
+        first_step: updates done before this process. Records of later updates are dropped; a run that starts at 0
+            keeps what another one has left in the folder as metrics.previous.jsonl.
+
+    Raises:
+        DataError: the records of an earlier process cannot be rewritten.
     """
 
     def __init__(self, plan: Plan, console: Console, first_step: int):
@@ -48,7 +55,7 @@ class Meter:
         if console.is_writer and directory is not None:
             folder = Path(directory)
             folder.mkdir(parents=True, exist_ok=True)
-            _drop_records_after(folder / METRICS_FILE, first_step)
+            _keep_records_until(folder / METRICS_FILE, first_step)
             self._file = (folder / METRICS_FILE).open("a")
             self._writer = _tensorboard(folder, first_step)
         self._bar = _progress_bar(plan, first_step) if console.is_writer and sys.stdout.isatty() else None
@@ -62,18 +69,23 @@ class Meter:
             loss: mean loss per token, on the device.
             grad_norm: norm of the gradient before clipping, on the device.
         """
-        norm = float("nan") if grad_norm is None else grad_norm
-        self._pending.append((step, learning_rate, loss.detach(), torch.as_tensor(norm).detach()))
+        assert grad_norm is not None, "DeepSpeed's optimizers give a norm after each update"
+        self._pending.append((step, learning_rate, loss.detach(), torch.as_tensor(grad_norm).detach()))
         self._step = step
         if self._bar is not None:
             self._bar[0].update(self._bar[1], completed=step)
 
     def report(self) -> None:
-        """Fetch, print and write what has been recorded since the last report: the one wait for the device."""
+        """Fetch, print and write what has been recorded since the last report: the one wait for the device.
+
+        Raises:
+            TrainingError: a loss or a norm is not finite; on all ranks, as all have the same values.
+        """
         if not self._pending:
             return
         device = self._pending[-1][2].device
-        values = torch.stack([torch.stack((p[2].to(device).float(), p[3].to(device).float())) for p in self._pending]).tolist()
+        pairs = [torch.stack((loss.to(device).float(), norm.to(device).float())) for *_, loss, norm in self._pending]
+        values = torch.stack(pairs).tolist()
         now = time.monotonic()
         seconds = max(now - self._last_report - self._paused, 1e-9)
         tokens_per_second = len(self._pending) * self.plan.tokens_per_step / seconds
@@ -84,8 +96,12 @@ class Meter:
             self._write(step, "train", figures | (common if step == self._step else {}))
         self._pending.clear()
         self.latest["train_loss"] = values[-1][0]
-        left = (self.plan.run.training.steps - self._step) * (now - self._run_started) / max(self._step - self._first_step, 1)
+        seconds_per_step = (now - self._run_started) / max(self._step - self._first_step, 1)
+        left = (self.plan.run.training.steps - self._step) * seconds_per_step
         self._show(values[-1][0], learning_rate, values[-1][1], tokens_per_second, common["memory_gb"], left)
+        for step, (loss, norm) in zip(range(self._step - len(values) + 1, self._step + 1), values, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise TrainingError(_divergence(self.plan, step, loss, norm))
 
     def report_eval(self, split: str, loss: float, step: int) -> None:
         """Print and write the loss on held-out text.
@@ -97,11 +113,16 @@ class Meter:
         """
         self.latest[f"{split}_loss"] = loss
         self._write(step, split, {"loss": loss, "perplexity": perplexity(loss)})
-        self.say(f"step {step:>7,}  {split} loss {loss:.4f}  perplexity {perplexity(loss):,.2f}")
+        self.say(f"{self.at(step)}  {split} loss {loss:.4f}  perplexity {perplexity(loss):,.2f}")
 
     def pause(self, seconds: float) -> None:
         """Leave time spent on evaluation or saving out of the next tokens/s."""
         self._paused += seconds
+
+    def at(self, step: int) -> str:
+        """How lines about a step begin."""
+        steps = f"{self.plan.run.training.steps:,}"
+        return f"step {step:>{len(steps)},}/{steps}"
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -111,8 +132,7 @@ class Meter:
             self.console.say(text)
 
     def close(self) -> None:
-        """Report the rest and close the files."""
-        self.report()
+        """Take the progress bar away and close the files."""
         if self._bar is not None:
             self._bar[0].stop()
         if self._file is not None:
@@ -120,19 +140,19 @@ class Meter:
         if self._writer is not None:
             self._writer.close()
 
-    def _show(self, loss: float, rate: float, norm: float, tokens_per_second: float, memory: float, left: float) -> None:
+    def _show(self, loss: float, rate: float, norm: float, speed: float, memory: float, left: float) -> None:
         remaining = str(timedelta(seconds=round(left)))
-        figures = f"loss {loss:.4f}  lr {rate:.2e}  grad norm {norm:.3f}  {tokens_per_second:,.0f} tokens/s  {memory:.2f} GB"
+        figures = f"loss {loss:.4f}  lr {rate:.2e}  grad norm {norm:.3f}  {speed:,.0f} tokens/s  {memory:.2f} GB"
         if self._bar is not None:
             self._bar[0].update(self._bar[1], figures=figures)
         else:
-            steps = self.plan.run.training.steps
-            width = len(f"{steps:,}")
-            self.console.say(f"step {self._step:>{width},}/{steps:,}  {figures}  {remaining} left")
+            self.console.say(f"{self.at(self._step)}  {figures}  {remaining} left")
 
     def _write(self, step: int, group: str, figures: dict[str, float]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, "split": group, **figures}) + "\n")
+            # JSON has no word for nan and inf.
+            written = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            self._file.write(json.dumps({"step": step, "split": group, **written}) + "\n")
             self._file.flush()
         if self._writer is not None:
             for name, value in figures.items():
@@ -146,33 +166,49 @@ def memory_gb() -> float:
     return psutil.Process().memory_info().rss / 1e9
 
 
-def _drop_records_after(path: Path, step: int) -> None:
-    """Remove records of updates that are about to be done again, and a line cut off by a kill."""
+def _keep_records_until(path: Path, step: int) -> None:
+    """Drop records of updates that are about to be done again, and a line cut off by a kill."""
     if not path.exists():
         return
+    if step == 0:
+        path.replace(path.with_name(PREVIOUS_METRICS_FILE))
+        return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_whole(path, "".join(kept).encode())
+
+
+def _divergence(plan: Plan, step: int, loss: float, norm: float) -> str:
+    directory = plan.run.checkpoint.directory
+    saved = f"; the checkpoints in {directory} are from before" if directory else ""
+    return (
+        f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: training has diverged; use a lower optimizer.lr "
+        f"(now {plan.run.optimizer.lr:g}), more optimizer.warmup_steps (now {plan.run.optimizer.warmup_steps}) or a "
+        f"smaller gradient_clipping (now {plan.gradient_clipping:g}){saved}"
+    )
 
 
 def _tensorboard(folder: Path, first_step: int) -> "SummaryWriter":
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+    # TensorBoard hides what earlier files hold from purge_step on; the evaluation at step 0 belongs to a fresh run.
+    return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
 
 
 def _progress_bar(plan: Plan, first_step: int) -> "tuple[Progress, Any]":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     progress = Progress(
-        TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}"), TimeRemainingColumn()
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
     )
     progress.start()
     return progress, progress.add_task("train", total=plan.run.training.steps, completed=first_step, figures="")

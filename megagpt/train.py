@@ -4,12 +4,14 @@ Also started by torchrun, srun, mpirun or plain python; the ranks are found out 
 """
 
 import argparse
+import contextlib
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagpt.errors import MegagptError, run_command
+from megagpt.errors import ConfigError, DataError, MegagptError, TrainingError, run_command
 from megagpt.parallel.console import Console, quiet_libraries
 from megagpt.parallel.launch import Launch, detect_launch
 from megagpt.plan import Plan, load_deepspeed_config, load_run_config, make_plan
@@ -25,13 +27,17 @@ if TYPE_CHECKING:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="megagpt.train", description="Train a GPT with Megatron-Core and DeepSpeed.")
+    parser = argparse.ArgumentParser(
+        prog="megagpt.train", description="Train a GPT with Megatron-Core and DeepSpeed.", allow_abbrev=False
+    )
     parser.add_argument("--config", required=True, help="run config (YAML)")
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed config (JSON)")
     parser.add_argument("--verbose", action="store_true", help="show the libraries' warnings and log lines")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher, not needed
+    # Given by the deepspeed launcher and by habit; neither is needed.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the run config")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # overrides may stand anywhere
 
 
 def main() -> int:
@@ -41,30 +47,43 @@ def main() -> int:
     launch = detect_launch()
     quiet_libraries(args.verbose)
     try:
-        plan = make_plan(
-            load_run_config(args.config, args.overrides), load_deepspeed_config(args.deepspeed_config), launch.world_size
-        )
+        run_config = load_run_config(args.config, args.overrides)
+        plan = make_plan(run_config, load_deepspeed_config(args.deepspeed_config), launch.world_size)
         return run(plan, launch, stop, args.verbose)
+    except _OneRankError:
+        raise
     except MegagptError as error:
-        if launch.local_rank != 0:  # one message per host
+        if launch.local_rank != 0:  # all ranks know; one message per host
             return error.exit_code
         raise
+
+
+class _OneRankError(TrainingError):
+    """What only this rank has met; the others merely see it leave."""
 
 
 def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> int:
     """Train one run to its end, to a signal or to an error.
 
+    Returns:
+        Exit status: 0.
+
     Raises:
+        ConfigError: a folder of the run config cannot be written to.
         DataError: dataset or tokenizer are missing, damaged or do not fit the model.
         CheckpointError: a checkpoint cannot be written, or belongs to another model.
+        TrainingError: the loss is not finite, or another rank has ended.
     """
     from megagpt.checkpoint import finished_step
 
     console = Console(launch.rank, verbose)
-    directory = plan.run.checkpoint.directory
+    directory, steps = plan.run.checkpoint.directory, plan.run.training.steps
     done = finished_step(Path(directory)) if directory else None
-    if done is not None and done >= plan.run.training.steps:
-        console.say(f"{directory} already holds step {done} of {plan.run.training.steps}: the run is finished, nothing to do")
+    if done is not None and done >= steps:
+        console.say(
+            f"{directory} already holds step {done:,} and training.steps={steps:,}: the run is finished, nothing to "
+            "do; to go on, raise training.steps"
+        )
         return 0
     from megagpt.data.loader import open_dataset
 
@@ -74,24 +93,82 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         from megagpt.parallel.ranks import start_ranks, stop_ranks
 
         ranks = start_ranks(plan, launch)
+        require_writable_folders(plan, ranks)
         from megagpt.checkpoint import Checkpoints
         from megagpt.engine import build_engine
 
         engine = build_engine(plan, ranks)
     console.say(headline(plan, launch))
+    for remark in remarks(plan, streams):
+        console.warn(remark)
     checkpoints = Checkpoints(plan, engine, ranks, console)
-    train(plan, ranks, engine, checkpoints, streams, console, stop)
+    with _telling_who_failed(ranks):
+        train(plan, ranks, engine, checkpoints, streams, console, stop)
     stop_ranks()
     return 0
+
+
+def require_writable_folders(plan: Plan, ranks: "Ranks") -> None:
+    """Create the folders for checkpoints and logs on rank 0 and see that files can be made there; collective.
+
+    Raises:
+        ConfigError: on all ranks, if one cannot.
+    """
+    problems = []
+    for key, directory in (
+        ("checkpoint.directory", plan.run.checkpoint.directory),
+        ("logging.directory", plan.run.logging.directory),
+    ):
+        if ranks.rank != 0 or directory is None:
+            continue
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+        except OSError as error:
+            problems.append(f"{key}={directory} cannot be written to ({error.strerror}); give a writable folder")
+    if problems := ranks.broadcast_object(problems):
+        raise ConfigError(problems)
+
+
+@contextlib.contextmanager
+def _telling_who_failed(ranks: "Ranks") -> Iterator[None]:
+    """Word what one rank alone has met, and that a rank has lost another one."""
+    try:
+        yield
+    except DataError as error:
+        raise _OneRankError(f"rank {ranks.rank}: {error}") from error
+    except RuntimeError as error:
+        # gloo's words; NCCL aborts the process by itself
+        if not any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer")):
+            raise
+        raise _OneRankError(
+            f"rank {ranks.rank}: another rank has ended or was killed; look for its message, or for the kernel's if it "
+            "ran out of memory"
+        ) from error
 
 
 def headline(plan: Plan, launch: Launch) -> str:
     """The run in two lines."""
     layout = f"TP {plan.tensor_parallel_size} x PP {plan.pipeline_parallel_size} x DP {plan.data_parallel_size}"
+    batch = f"{plan.global_batch_size} x {plan.seq_length} = {plan.tokens_per_step:,} tokens"
     return (
-        f"{plan.num_parameters:,} parameters, {plan.precision}, {layout}, ZeRO {plan.zero_stage}, started by {launch.launcher}\n"
-        f"{plan.run.training.steps:,} steps of {plan.global_batch_size} x {plan.seq_length} = {plan.tokens_per_step:,} tokens"
+        f"{plan.num_parameters:,} parameters, {plan.precision}, {layout}, ZeRO {plan.zero_stage}, started by "
+        f"{launch.launcher}\n{plan.run.training.steps:,} steps of {batch}"
     )
+
+
+def remarks(plan: Plan, streams: "dict[str, SampleStream | None]") -> list[str]:
+    """What the user should know before the run, one sentence each."""
+    found = list(plan.notes)
+    if plan.run.checkpoint.directory is None:
+        found.append("checkpoint.directory is not set: nothing will be saved")
+    if plan.run.training.eval_interval and streams["validation"] is None:
+        found.append(
+            f"training.eval_interval={plan.run.training.eval_interval} but the validation split of data.split="
+            f"{list(plan.run.data.split)} is shorter than one sample: there will be no validation"
+        )
+    return found
 
 
 def train(
@@ -103,7 +180,13 @@ def train(
     console: Console,
     stop: StopSignal,
 ) -> "TrainState":
-    """The loop: update, report, evaluate, save."""
+    """The loop: update, report, evaluate, save.
+
+    Raises:
+        DataError: a sample of this rank has a token outside the vocabulary.
+        CheckpointError: a checkpoint cannot be written, or belongs to another model.
+        TrainingError: the loss is not finite.
+    """
     from megagpt.checkpoint import TrainState
     from megagpt.data.loader import train_batches
     from megagpt.metrics import Meter
@@ -112,8 +195,6 @@ def train(
     run, total_steps = plan.run, plan.run.training.steps
     restored = checkpoints.restore_latest()
     state = restored or TrainState()
-    meter = Meter(plan, console, first_step=state.step)
-    evaluate_split = _evaluator(plan, ranks, engine, streams, meter)
     assert streams["train"] is not None
     batches = train_batches(
         streams["train"],
@@ -123,29 +204,38 @@ def train(
         data_parallel_rank=ranks.data_rank,
         data_parallel_size=ranks.data_size,
     )
-    if restored is None:
-        evaluate_split("validation", state.step)
-    while state.step < total_steps:
-        rate = learning_rate(state.step, plan)
-        result = engine.train_step(batches, rate)
-        state = state.advance(samples=plan.global_batch_size)
-        meter.record(state.step, rate, result.loss, result.grad_norm)
-        is_last = state.step == total_steps
-        reports = is_last or due(state.step, run.logging.interval)
-        if reports:
-            meter.report()
-        if is_last or due(state.step, run.training.eval_interval):
+    with contextlib.closing(Meter(plan, console, first_step=state.step)) as meter:
+        evaluate_split = _evaluator(plan, ranks, engine, streams, meter)
+        if restored is None and run.training.eval_interval:
             evaluate_split("validation", state.step)
-        stopping = reports and not is_last and stop.agreed_by(ranks)
-        if is_last:
-            evaluate_split("test", state.step)
-        if stopping or is_last or due(state.step, run.checkpoint.save_interval):
-            _save(checkpoints, state, meter)
-        if stopping:
-            meter.say(f"stopped by a signal after step {state.step}; the same command goes on from here")
-            break
-    meter.close()
+        while state.step < total_steps:
+            rate = learning_rate(state.step, plan)
+            result = engine.train_step(batches, rate)
+            state = state.advance(samples=plan.global_batch_size)
+            meter.record(state.step, rate, result.loss, result.grad_norm)
+            is_last = state.step == total_steps
+            evaluates = is_last or due(state.step, run.training.eval_interval)
+            saves = is_last or due(state.step, run.checkpoint.save_interval)
+            reports = evaluates or saves or due(state.step, run.logging.interval)
+            if reports:  # before a save: what is recorded up to a checkpoint survives a kill, and is finite
+                meter.report()
+            if evaluates:
+                evaluate_split("validation", state.step)
+            if is_last:
+                evaluate_split("test", state.step)
+            stopping = reports and not is_last and stop.agreed_by(ranks)
+            if saves or stopping:
+                _save(checkpoints, state, meter)
+            if stopping:
+                meter.say(f"{meter.at(state.step)}  stopped by a signal; {_way_on(plan)}")
+                break
     return state
+
+
+def _way_on(plan: Plan) -> str:
+    if plan.run.checkpoint.directory is None:
+        return "nothing was saved, as checkpoint.directory is not set"
+    return "the same command goes on from here"
 
 
 def due(step: int, interval: int) -> bool:
@@ -175,7 +265,7 @@ def _save(checkpoints: "Checkpoints", state: "TrainState", meter: "Meter") -> No
     folder = checkpoints.save(state, meter.latest)
     seconds = time.monotonic() - started
     if folder is not None:
-        meter.say(f"step {state.step:>7,}  saved {folder} in {seconds:.1f} s")
+        meter.say(f"{meter.at(state.step)}  saved {folder} in {seconds:.1f} s")
     meter.pause(seconds)
 
 
