@@ -6,6 +6,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from megagpt.errors import LaunchError
+from megagpt.parallel.master import LOOPBACK, find_master, number
 
 
 @dataclass(frozen=True)
@@ -41,47 +42,24 @@ _LAUNCHERS = (
 def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     """Read rank, local rank and world size from the launcher's variables.
 
+    MASTER_ADDR and MASTER_PORT may be left out under srun, and under mpirun on a single host: see `find_master`.
+
     Raises:
         LaunchError: a variable is missing, is no number, contradicts another one, or no master address is known.
     """
     for launcher, rank_key, local_key, size_key in _LAUNCHERS:
         if rank_key not in environ or (launcher == "srun" and "SLURM_STEP_ID" not in environ):
             continue
-        rank, world_size = _number(environ, rank_key, launcher), _number(environ, size_key, launcher)
-        local_rank = _number(environ, local_key, launcher)
+        rank, world_size = number(environ, rank_key, launcher), number(environ, size_key, launcher)
+        local_rank = number(environ, local_key, launcher)
         if not 0 <= rank < world_size:
             raise LaunchError(f"{rank_key}={rank} is outside 0 ... {size_key}-1={world_size - 1}; check the launcher")
-        return Launch(rank, local_rank, world_size, *_master(environ, launcher, world_size), launcher)
-    return Launch(0, 0, 1, "127.0.0.1", free_port(), "single process")
-
-
-def _number(environ: Mapping[str, str], key: str, launcher: str) -> int:
-    value = environ.get(key)
-    if value is None:
-        raise LaunchError(f"{key} is not set although {launcher} seems to have started this process; pass it to each rank")
-    try:
-        return int(value)
-    except ValueError:
-        raise LaunchError(f"{key}={value!r} is not an integer; {launcher} should set it to a number") from None
-
-
-def _master(environ: Mapping[str, str], launcher: str, world_size: int) -> tuple[str, int]:
-    address = environ.get("MASTER_ADDR")
-    if address is None and world_size == 1:
-        address = "127.0.0.1"
-    if address is None:
-        raise LaunchError(
-            f"MASTER_ADDR is not set and {launcher} does not provide it; export it in the batch script: "
-            "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1), or the first host's name"
-        )
-    if "MASTER_PORT" in environ:
-        return address, _number(environ, "MASTER_PORT", launcher)
-    # All ranks must agree without talking: a job id gives each job of a host its own port.
-    return address, 20000 + int(environ.get("SLURM_JOB_ID", "9500")) % 20000
+        return Launch(rank, local_rank, world_size, *find_master(environ, launcher, world_size), launcher)
+    return Launch(0, 0, 1, LOOPBACK, free_port(), "single process")
 
 
 def free_port() -> int:
     """A TCP port of this host that nobody listens on now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         return probe.getsockname()[1]
