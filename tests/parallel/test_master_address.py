@@ -75,7 +75,7 @@ def test_srun_on_one_node_needs_no_network(variables: dict[str, str]) -> None:
 
 
 def test_srun_without_a_node_list_asks_for_the_address() -> None:
-    with pytest.raises(LaunchError, match=r"MASTER_ADDR is not set, and srun does .* scontrol show hostnames"):
+    with pytest.raises(LaunchError, match=r"MASTER_ADDR is not set, and srun .*scontrol show hostnames"):
         detect_launch(srun_task(0))
 
 
