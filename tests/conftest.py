@@ -1,6 +1,8 @@
 """Shared by all tests: one thread per process, quiet libraries, heavy imports once."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -21,4 +23,42 @@ def libraries() -> None:
     prepare_deepspeed()
     support_hosts_without_cuda()
     import megagpt.checkpoint
-    import megagpt.engine
+    import megagpt.engine  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def dataset(libraries, tmp_path_factory) -> dict[str, str]:
+    """The `data` section of a tiny dataset with its tokenizer of 300 tokens."""
+    from tiny import write_tiny_dataset
+
+    prefix, tokenizer = write_tiny_dataset(tmp_path_factory.mktemp("data"))
+    return {"prefix": prefix, "tokenizer": tokenizer}
+
+
+@pytest.fixture(scope="session")
+def trained(dataset, tmp_path_factory) -> Callable[[str], Path]:
+    """Checkpoint folder of a model by name, trained for some steps on TP2 x PP2 in fp32; each is trained once."""
+    from ranks import run_ranks
+    from tiny import ADAM, tiny_plan
+
+    folders: dict[str, Path] = {}
+
+    def get(model: str) -> Path:
+        if model not in folders:
+            directory = tmp_path_factory.mktemp(model) / "checkpoints"
+            sections = {"model": {"vocab_size": 300}, "data": dataset, "checkpoint": {"directory": str(directory)}}
+            plan = tiny_plan(model, dict(ADAM, lr=1e-2), tp=2, pp=2, steps=25, sections=sections)
+            run_ranks(train_quietly, 4, plan)
+            folders[model] = directory
+        return folders[model]
+
+    return get
+
+
+def train_quietly(plan) -> int:
+    """Train as the command does, on this rank."""
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.signals import StopSignal
+    from megagpt.train import run
+
+    return run(plan, detect_launch(), StopSignal())

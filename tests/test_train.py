@@ -1,0 +1,292 @@
+"""The train loop from the command's point of view: what it prints, writes, survives and resumes."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from ranks import RankFailedError, run_ranks
+from tiny import ADAM, SGD, tiny_plan
+
+pytestmark = pytest.mark.usefixtures("libraries")
+
+
+def plan_in(folder: Path, dataset: dict, *, steps: int = 6, training=None, data=None, checkpoint=None, **layout):
+    """A plan whose outputs go to `folder`."""
+    sections = {
+        "model": {"vocab_size": 300},
+        "data": {**dataset, "split": [80, 10, 10], **(data or {})},
+        "training": {"steps": steps, "eval_batches": 2, **(training or {})},
+        "checkpoint": {"directory": str(folder / "checkpoints"), **(checkpoint or {})},
+        "logging": {"directory": str(folder / "logs"), "interval": 4},
+    }
+    return tiny_plan("llama", layout.pop("optimizer", ADAM), sections=sections, **layout)
+
+
+def train(plan, disturb=None) -> tuple[int, str, str]:
+    """Exit status and what this rank says on stdout and stderr; `disturb(step)` runs before each update."""
+    from megagpt.engine import Engine
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.signals import StopSignal
+    from megagpt.train import run
+
+    stop = StopSignal()
+    if disturb is not None:
+        step_of_engine, updates = Engine.train_step, iter(range(1, 1000))
+
+        def disturbed(self, *args):
+            disturb(next(updates))
+            return step_of_engine(self, *args)
+
+        Engine.train_step = disturbed
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()) as warned:
+        code = run(plan, detect_launch(), stop)
+    return code, said.getvalue(), warned.getvalue()
+
+
+def records(folder: Path, split: str = "train") -> list[dict]:
+    lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["split"] == split]
+
+
+def curve(folder: Path) -> list[tuple]:
+    return [(r["step"], r["loss"], r["grad_norm"], r["learning_rate"]) for r in records(folder)]
+
+
+def saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def whole_run(dataset, tmp_path_factory):
+    """A run on TP2 x PP2 to its end: folder and output of each rank."""
+    folder = tmp_path_factory.mktemp("whole")
+    plan = plan_in(folder, dataset, tp=2, pp=2, training={"eval_interval": 3}, checkpoint={"save_interval": 4})
+    return folder, plan, run_ranks(train, 4, plan)
+
+
+def test_metrics_have_one_record_per_step_and_evaluation(whole_run):
+    folder, plan, _ = whole_run
+    train_records = records(folder)
+    assert [record["step"] for record in train_records] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records(folder, "validation")] == [0, 3, 6]
+    assert [record["step"] for record in records(folder, "test")] == [6]
+    assert train_records[0]["loss"] == pytest.approx(5.7, abs=0.1), "ln 300, as nothing is learnt yet"
+    assert train_records[-1]["loss"] < train_records[0]["loss"] - 0.3
+    assert [r["learning_rate"] for r in train_records] == [plan.run.optimizer.lr] * 6
+    for record in records(folder, "validation"):
+        assert record["loss"] == pytest.approx(train_records[max(record["step"] - 1, 0)]["loss"], abs=0.2)
+
+
+def test_the_console_reads_well_and_only_rank_0_speaks(whole_run):
+    folder, plan, outputs = whole_run
+    assert [code for code, *_ in outputs] == [0] * 4
+    assert [said + warned for _, said, warned in outputs[1:]] == [""] * 3
+    assert outputs[0][2] == "", "no warnings"
+    lines = outputs[0][1].splitlines()
+    assert lines[0] == (
+        f"{plan.num_parameters:,} parameters, fp32, TP 2 x PP 2 x DP 1, ZeRO 1, started by torchrun or deepspeed"
+    )
+    assert lines[1] == "6 steps of 8 x 32 = 256 tokens"
+    assert [line.split("  ")[0] for line in lines[2:]] == [f"step {step}/6" for step in (0, 3, 3, 4, 4, 6, 6, 6, 6)]
+    validation, test = records(folder, "validation"), records(folder, "test")
+    assert (
+        lines[2]
+        == f"step 0/6  validation loss {validation[0]['loss']:.4f}  perplexity {validation[0]['perplexity']:.2f}"
+    )
+    assert f"test loss {test[0]['loss']:.4f}" in lines[9]
+    assert lines[3].startswith(f"step 3/6  loss {records(folder)[2]['loss']:.4f}  lr 1.00e-03  grad norm ")
+    assert lines[3].endswith(" left")
+    assert "tokens/s" in lines[3]
+    assert f"saved {folder}/checkpoints/step-00000004 in " in lines[6]
+
+
+def test_tensorboard_holds_the_same_losses(whole_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _, _ = whole_run
+    events = EventAccumulator(str(folder / "logs"))
+    events.Reload()
+    for split in ("train", "validation", "test"):
+        shown = [(scalar.step, scalar.value) for scalar in events.Scalars(f"{split}/loss")]
+        assert shown == [(r["step"], pytest.approx(r["loss"], rel=1e-6)) for r in records(folder, split)]
+
+
+def test_a_finished_run_started_again_does_nothing(whole_run):
+    folder, plan, _ = whole_run
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    outputs = run_ranks(train, 4, plan)
+    assert [code for code, *_ in outputs] == [0] * 4
+    assert outputs[0][1] == (
+        f"{folder}/checkpoints already holds step 6 and training.steps=6: the run is finished, nothing to do; "
+        "to go on, raise training.steps\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_the_layout_does_not_change_the_curve(whole_run, dataset, tmp_path):
+    folder, _, _ = whole_run
+    plan = plan_in(tmp_path, dataset, training={"eval_interval": 3}, checkpoint={"save_interval": 4})
+    run_ranks(train, 1, plan)
+    for split in ("train", "validation", "test"):
+        expected = [record["loss"] for record in records(folder, split)]
+        assert [record["loss"] for record in records(tmp_path, split)] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset, tmp_path_factory):
+    """The curve of 6 steps with dropout in bf16 on TP2 x PP2."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_ranks(train, 4, noisy_plan(folder, dataset))
+    return curve(folder)
+
+
+def noisy_plan(folder, dataset):
+    # logging.interval (4) and save_interval (3) differ: records up to a checkpoint must be there all the same
+    return plan_in(folder, dataset, tp=2, pp=2, precision="bf16", dropout=0.1, checkpoint={"save_interval": 3})
+
+
+def kill_rank_2(step: int) -> None:
+    if step == 5 and os.environ["RANK"] == "2":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_before_the_rename(plan) -> None:
+    import megagpt.checkpoint.checkpoints as module
+
+    def die(source, target):
+        assert Path(source).name == ".step-00000003.tmp"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    module.os.rename = die
+    train(plan)
+
+
+def test_a_killed_run_resumes_to_the_very_same_curve(undisturbed, dataset, tmp_path):
+    plan = noisy_plan(tmp_path, dataset)
+    with pytest.raises(RankFailedError, match="rank 2: killed"):
+        run_ranks(train, 4, plan, kill_rank_2)
+    assert saved(tmp_path) == ["step-00000003"]
+    assert [record["step"] for record in records(tmp_path)][:3] == [1, 2, 3]
+    outputs = run_ranks(train, 4, plan)
+    assert f"resumed from {tmp_path}/checkpoints/step-00000003 (step 3)\n" in outputs[0][1]
+    assert curve(tmp_path) == undisturbed
+
+
+def test_a_run_killed_while_it_saves_resumes_to_the_very_same_curve(undisturbed, dataset, tmp_path):
+    plan = noisy_plan(tmp_path, dataset)
+    with pytest.raises(RankFailedError, match="rank 0: killed"):
+        run_ranks(kill_before_the_rename, 4, plan)
+    assert saved(tmp_path) == [".step-00000003.tmp"], "all is written, but not yet a checkpoint"
+    outputs = run_ranks(train, 4, plan)
+    assert "resumed" not in outputs[0][1]
+    assert curve(tmp_path) == undisturbed
+    assert saved(tmp_path) == ["step-00000003", "step-00000006"]
+
+
+def signal_rank_3(step: int) -> None:
+    if step == 2 and os.environ["RANK"] == "3":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_to_one_rank_lets_all_save_and_stop(undisturbed, dataset, tmp_path):
+    plan = noisy_plan(tmp_path, dataset)
+    outputs = run_ranks(train, 4, plan, signal_rank_3)
+    assert [code for code, *_ in outputs] == [0] * 4
+    assert outputs[0][1].splitlines()[-1] == "step 3/6  stopped by a signal; the same command goes on from here"
+    assert saved(tmp_path) == ["step-00000003"]
+    run_ranks(train, 4, plan)
+    assert curve(tmp_path) == undisturbed
+
+
+def test_a_stopped_run_without_checkpoints_says_so(dataset, tmp_path):
+    plan = plan_in(tmp_path, dataset, checkpoint={"directory": None})
+    ((code, said, warned),) = run_ranks(train, 1, plan, lambda step: os.kill(os.getpid(), signal.SIGUSR1))
+    assert code == 0
+    assert said.splitlines()[-1] == (
+        "step 4/6  stopped by a signal; nothing was saved, as checkpoint.directory is not set"
+    )
+    assert warned == "warning: checkpoint.directory is not set: nothing will be saved\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
+def test_a_diverged_run_stops_and_keeps_its_good_checkpoints(dataset, tmp_path):
+    plan = plan_in(tmp_path, dataset, checkpoint={"save_interval": 1}, optimizer=dict(SGD, lr=1e20, min_lr=0.0))
+    with pytest.raises(
+        RankFailedError, match=r"TrainingError: step 2: loss nan.*diverged.*lower optimizer.lr \(now 1e\+20\)"
+    ):
+        run_ranks(train, 1, plan)
+    assert saved(tmp_path) == ["step-00000001"]
+    assert [record["loss"] for record in records(tmp_path)][1:] == [None], "JSON has no nan"
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "logging"])
+def test_a_file_in_place_of_a_folder_is_found_before_the_first_step(dataset, tmp_path, key):
+    (tmp_path / {"checkpoint": "checkpoints", "logging": "logs"}[key]).write_text("not a folder")
+    plan = plan_in(tmp_path, dataset, dp=2)
+    with pytest.raises(RankFailedError) as failure:
+        run_ranks(train, 2, plan)
+    assert str(failure.value).count(f"ConfigError: {key}.directory={tmp_path}/") == 2, "on both ranks"
+    assert "cannot be written to (File exists); give a writable folder" in str(failure.value)
+
+
+def test_a_token_outside_the_vocabulary_is_told_by_the_rank_that_met_it(dataset, tmp_path):
+    from megagpt.data.samples import SampleStream
+    from megagpt.errors import DataError
+
+    def train_with_a_bad_sample() -> None:
+        read = SampleStream.sample
+
+        def sample(self, index):
+            if index == 11:  # the second step's second micro-batch, so data-parallel rank 1's
+                raise DataError("data: token number 7 is 999")
+            return read(self, index)
+
+        SampleStream.sample = sample
+        train(plan_in(tmp_path, dataset, dp=2))
+
+    with pytest.raises(RankFailedError) as failure:
+        run_ranks(train_with_a_bad_sample, 2)
+    assert "_OneRankError: rank 1: data: token number 7 is 999" in str(failure.value)
+    assert "_OneRankError: rank 0: another rank has ended or was killed" in str(failure.value)
+
+
+def test_odd_splits_and_batches_run_through(dataset, tmp_path):
+    # no validation text at all; samples shorter than the model's context
+    plan = plan_in(
+        tmp_path,
+        dataset,
+        pp=2,
+        dp=2,
+        steps=2,
+        data={"split": [1, 0, 0]},
+        training={"eval_interval": 1, "seq_length": 20},
+    )
+    outputs = run_ranks(train, 4, plan)
+    assert "there will be no validation" in outputs[0][2]
+    assert "validation" not in outputs[0][1]
+    assert saved(tmp_path) == ["step-00000002"]
+
+    short = tmp_path / "short"
+    plan = plan_in(short, dataset, steps=1, data={"split": [98, 1, 1]}, training={"eval_interval": 1})
+    run_ranks(train, 1, plan)
+    assert [record["step"] for record in records(short, "validation")] == [0, 1], "a short split is repeated"
+
+
+def test_an_earlier_runs_records_are_kept_apart(dataset, tmp_path):
+    for _ in range(2):
+        plan = plan_in(tmp_path, dataset, steps=1, training={"eval_interval": 1}, checkpoint={"directory": None})
+        run_ranks(train, 1, plan)
+    assert [record["step"] for record in records(tmp_path, "validation")] == [0, 1]
+    previous = (tmp_path / "logs" / "metrics.previous.jsonl").read_text().splitlines()
+    assert len(previous) == 4
+
+
+def test_a_lower_number_of_steps_than_saved_is_a_finished_run(whole_run, dataset):
+    folder, _, _ = whole_run
+    ((code, said, _),) = run_ranks(train, 1, plan_in(folder, dataset, steps=2))
+    assert code == 0
+    assert "already holds step 6 and training.steps=2" in said
