@@ -1,6 +1,5 @@
 """Loss on held-out text."""
 
-import math
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -32,8 +31,3 @@ def evaluate(engine: Evaluable, stream: SampleStream, plan: Plan, ranks: Ranks, 
         data_parallel_size=ranks.data_size,
     )
     return float(engine.evaluate(batches, num_eval_batches(stream, num_batches, plan.global_batch_size)))
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss): the number of equally likely tokens that would give this loss."""
-    return math.exp(min(loss, 700.0))  # exp overflows beyond 709

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from megagpt.data.files import write_whole
 from megagpt.errors import TrainingError
-from megagpt.evaluate import perplexity
 from megagpt.parallel.console import Console
 from megagpt.plan import Plan
 
@@ -157,6 +156,11 @@ class Meter:
         if self._writer is not None:
             for name, value in figures.items():
                 self._writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss): the number of equally likely tokens that would give this loss."""
+    return math.exp(min(loss, 700.0))  # exp overflows beyond 709
 
 
 def memory_gb() -> float:
