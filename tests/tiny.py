@@ -8,7 +8,9 @@ from megagpt.plan import Plan, deepspeed_config_from_dict, make_plan, run_config
 
 GLOBAL_BATCH, MICRO_BATCH, SEQUENCE = 8, 2, 32
 
-LLAMA = dict(num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=96, vocab_size=250)
+LLAMA = dict(
+    num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=96, vocab_size=250
+)
 GPT2 = dict(
     num_layers=3,
     hidden_size=48,
@@ -97,7 +99,22 @@ def write_tiny_dataset(folder: Path) -> tuple[str, str]:
     from megagpt.data.preprocess import preprocess
     from megagpt.data.tokenizer import train_sentencepiece
 
-    words = "the tensor layer returns value shape rank loss model of a each step data and gradient token".split()
+    words = [
+        "the",
+        "tensor",
+        "layer",
+        "value",
+        "rank",
+        "loss",
+        "model",
+        "of",
+        "a",
+        "step",
+        "data",
+        "and",
+        "gradient",
+        "token",
+    ]
     chooser = random.Random(0)
     texts = [" ".join(chooser.choices(words, k=chooser.randint(20, 60))) + "." for _ in range(250)]
     corpus = folder / "corpus.jsonl"

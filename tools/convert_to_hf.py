@@ -9,11 +9,13 @@ from megagpt.parallel.console import quiet_libraries
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Write a checkpoint of any layout as a Hugging Face folder and compare its logits with the trained model's."
+        description="Write a checkpoint of any layout as a Hugging Face folder and compare its logits with the model's."
     )
     parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint, or a run's checkpoint directory")
     parser.add_argument("--output", required=True, type=Path, help="folder to write; must not exist")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights"
+    )
     parser.add_argument("--tokenizer", help="tokenizer file (default: the one that the run was trained with)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--verbose", action="store_true", help="show the libraries' warnings")
@@ -24,7 +26,8 @@ def main() -> None:
 
     checked = export_checkpoint(args.checkpoint, args.output, args.dtype, args.tokenizer, args.overwrite)
     export = checked.export
-    print(f"{export.folder}: {export.family}, {export.parameters:,} parameters, {export.weight_bytes / 1e6:,.1f} MB of {args.dtype} weights")
+    size = f"{export.weight_bytes / 1e6:,.1f} MB of {args.dtype} weights"
+    print(f"{export.folder}: {export.family}, {export.parameters:,} parameters, {size}")
     print(f"logits against the checkpoint's model:   {checked.against_model}")
     print(f"logits against the training ranks:       {checked.against_training}")
 

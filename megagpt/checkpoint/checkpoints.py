@@ -188,7 +188,9 @@ class Checkpoints:
         """Fail on all ranks if one has failed, so that none waits for it."""
         problems = [found for found in self.ranks.gather_objects(problem) if found]
         if problems:
-            raise CheckpointError(f"{final}: could not be saved ({'; '.join(problems)}); free space or fix the directory, then start again")
+            raise CheckpointError(
+                f"{final}: could not be saved ({'; '.join(problems)}); free space or mend the folder, then start again"
+            )
 
     # ---------------------------------------------------------------- restore
 

@@ -33,7 +33,9 @@ def find_checkpoint(path: Path) -> Path:
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints:
-        raise CheckpointError(f"{path}: no checkpoint here; give a folder with manifest.json, or one with {STEP_PREFIX}N folders")
+        raise CheckpointError(
+            f"{path}: no checkpoint here; give a folder with manifest.json, or one with {STEP_PREFIX}N folders"
+        )
     return checkpoints[0]
 
 
@@ -78,7 +80,8 @@ class CheckpointReader:
         """
         partition = partition_of(name, self._gated)
         count = 1 if partition.dim is None else self.manifest.tensor_parallel_size
-        return partition.join([self._stored_shard(name, kind, rank) for rank in range(count)], self.run.model.vocab_size)
+        shards = [self._stored_shard(name, kind, rank) for rank in range(count)]
+        return partition.join(shards, self.run.model.vocab_size)
 
     def shard(self, name: str, kind: str, tensor_rank: int, tensor_size: int, padded_vocab_size: int) -> Tensor:
         """One rank's tensor-parallel shard in fp32, for any tensor-parallel size.
@@ -95,7 +98,8 @@ class CheckpointReader:
         """Random states of one rank."""
         prefix = "rng/"
         with self._open(f"rank-{rank:05d}.safetensors") as file:
-            return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+            keys = file.keys()  # the file itself cannot be iterated over
+            return {key.removeprefix(prefix): file.get_tensor(key) for key in keys if key.startswith(prefix)}
 
     def probe(self) -> tuple[Tensor, Tensor]:
         """The probe: tokens [B, S] and the trained model's logits [B, P, vocabulary] at the first P positions."""
@@ -120,17 +124,20 @@ class CheckpointReader:
         for piece in self.manifest.parameters[name].pieces:
             if piece.tensor_rank != tensor_rank:
                 continue
+            where = f"{self.folder}/{piece.file}: {kind}/{name}"
             with self._open(piece.file) as file:
                 try:
                     part = file.get_tensor(f"{kind}/{name}")
                 except SafetensorError:
-                    raise CheckpointError(f"{self.folder}/{piece.file}: {kind}/{name} is missing; the file is not ours") from None
+                    raise CheckpointError(f"{where} is missing; the file is not ours") from None
             if part.numel() != piece.stop - piece.start or piece.stop > flat.numel():
-                raise CheckpointError(f"{self.folder}/{piece.file}: {kind}/{name} has {part.numel()} elements, not those named in the manifest")
+                raise CheckpointError(f"{where} has {part.numel()} elements, not those named in the manifest")
             flat[piece.start : piece.stop] = part
             covered += part.numel()
         if covered != flat.numel():
-            raise CheckpointError(f"{self.folder}: {covered} of {flat.numel()} elements of {kind}/{name} are there; use another checkpoint")
+            raise CheckpointError(
+                f"{self.folder}: {covered} of {flat.numel()} elements of {kind}/{name} are here; use another one"
+            )
         return flat.reshape(shape)
 
     def _open(self, name: str):

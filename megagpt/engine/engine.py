@@ -62,10 +62,7 @@ class Engine:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._is_pipeline:
-            loss = self._wrapped.train_batch(batches)
-        else:
-            loss = self._accumulate(batches)
+        loss = self._wrapped.train_batch(batches) if self._is_pipeline else self._accumulate(batches)
         return StepResult(loss, self._wrapped.get_global_grad_norm())
 
     def _accumulate(self, batches: Iterator[Batch]) -> Tensor:

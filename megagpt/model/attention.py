@@ -15,7 +15,9 @@ class SDPAttention(MegatronModule):
     The causal mask is implied, never built; grouped key/value heads are not repeated in memory.
     """
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None, **_):
+    def __init__(
+        self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None, **_
+    ):
         super().__init__(config=config)
         tensor_size = parallel_state.get_tensor_model_parallel_world_size()
         self.num_heads = config.num_attention_heads // tensor_size
@@ -24,7 +26,14 @@ class SDPAttention(MegatronModule):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, packed_seq_params=None, attention_bias=None, **_
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask=None,
+        packed_seq_params=None,
+        attention_bias=None,
+        **_,
     ) -> Tensor:
         """Attend causally.
 

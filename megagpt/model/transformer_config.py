@@ -27,7 +27,7 @@ _ACTIVATIONS: dict[str, Callable] = {
 def transformer_config(plan: Plan) -> TransformerConfig:
     """The config handed to Megatron-Core's layers.
 
-    Pipeline stages are DeepSpeed's business, so Megatron-Core is told of one. Weights are filled by `initialize_weights`.
+    Pipeline stages are DeepSpeed's business, so Megatron-Core is told of one. `initialize_weights` fills the weights.
     """
     model = plan.model
     return TransformerConfig(

@@ -9,11 +9,18 @@ import time
 import warnings
 from collections.abc import Iterator
 
-_CHATTY_LOGGERS = ("DeepSpeed", "megatron", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "torch._inductor")
+_CHATTY_LOGGERS = (
+    "DeepSpeed",
+    "megatron",
+    "torch.distributed",
+    "torch.nn.parallel",
+    "torch._dynamo",
+    "torch._inductor",
+)
 
 
 def quiet_libraries(verbose: bool) -> None:
-    """Hide warnings and log lines of torch, DeepSpeed and Megatron-Core; errors stay visible. Call before importing them.
+    """Hide warnings and log lines of torch, DeepSpeed and Megatron-Core, but no errors; call before importing them.
 
     Args:
         verbose: show everything instead.

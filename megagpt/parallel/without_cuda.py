@@ -21,8 +21,8 @@ def support_hosts_without_cuda() -> None:
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
     torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
-    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment,return-value]
+    torch.cuda.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     mcore_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
@@ -31,8 +31,8 @@ def support_hosts_without_cuda() -> None:
 def prepare_deepspeed() -> None:
     """Import DeepSpeed, for the CPU if there is no CUDA device, and without its shared-memory all-reduce for CPU ranks.
 
-    That one needs a compiler at run time, and leaves a 69 MB file per rank in /dev/shm behind when a rank is killed, which
-    after some hundred runs fills the machine's memory. Plain gloo gives the same sums.
+    That one needs a compiler at run time, and leaves a 69 MB file per rank in /dev/shm behind when a rank is killed,
+    which after some hundred runs fills the machine's memory. Plain gloo gives the same sums.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it guesses, and warns about its guess

@@ -15,7 +15,9 @@ HALF, WHOLE = 3, 6
 
 def plan_in(folder: Path, **layout):
     sections = {"checkpoint": {"directory": str(folder)}}
-    return tiny_plan(layout.pop("model", "llama"), layout.pop("optimizer", ADAM), steps=WHOLE, sections=sections, **layout)
+    return tiny_plan(
+        layout.pop("model", "llama"), layout.pop("optimizer", ADAM), steps=WHOLE, sections=sections, **layout
+    )
 
 
 def curve(plan, save_at: int | None = None, resumes: bool = False, until: int = WHOLE) -> list[tuple[float, float]]:
@@ -54,7 +56,9 @@ def curve(plan, save_at: int | None = None, resumes: bool = False, until: int = 
         {"dp": 2, "zero": 3},
         {"tp": 2, "sp": True},
     ],
-    ids=lambda layout: "-".join(f"{key}{value if isinstance(value, str | int) else ''}" for key, value in layout.items()),
+    ids=lambda layout: "-".join(
+        f"{key}{value if isinstance(value, str | int) else ''}" for key, value in layout.items()
+    ),
 )
 def test_resume_is_bit_exact(tmp_path, layout):
     plan = plan_in(tmp_path, dropout=0.1, **layout)
