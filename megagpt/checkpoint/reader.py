@@ -136,7 +136,7 @@ class CheckpointReader:
             covered += part.numel()
         if covered != flat.numel():
             raise CheckpointError(
-                f"{self.folder}: {covered} of {flat.numel()} elements of {kind}/{name} are here; use another one"
+                f"{self.folder}: {covered} of {flat.numel()} elements of {kind}/{name} are here; use another checkpoint"
             )
         return flat.reshape(shape)
 
