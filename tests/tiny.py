@@ -99,22 +99,7 @@ def write_tiny_dataset(folder: Path) -> tuple[str, str]:
     from megagpt.data.preprocess import preprocess
     from megagpt.data.tokenizer import train_sentencepiece
 
-    words = [
-        "the",
-        "tensor",
-        "layer",
-        "value",
-        "rank",
-        "loss",
-        "model",
-        "of",
-        "a",
-        "step",
-        "data",
-        "and",
-        "gradient",
-        "token",
-    ]
+    words = "the tensor layer returns value shape rank loss model of a each step data and gradient token".split()
     chooser = random.Random(0)
     texts = [" ".join(chooser.choices(words, k=chooser.randint(20, 60))) + "." for _ in range(250)]
     corpus = folder / "corpus.jsonl"
