@@ -109,7 +109,7 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
 
 
 def require_writable_folders(plan: Plan, ranks: "Ranks") -> None:
-    """Create the folders for checkpoints and logs on rank 0 and see that files can be made there; collective.
+    """See on rank 0 that the folders for checkpoints and logs can be made and written to; makes none; collective.
 
     Raises:
         ConfigError: on all ranks, if one cannot.
@@ -121,9 +121,10 @@ def require_writable_folders(plan: Plan, ranks: "Ranks") -> None:
     ):
         if ranks.rank != 0 or directory is None:
             continue
+        path = Path(directory).absolute()
+        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
         try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=directory):
+            with tempfile.TemporaryFile(dir=nearest):
                 pass
         except OSError as error:
             problems.append(f"{key}={directory} cannot be written to ({error.strerror}); give a writable folder")

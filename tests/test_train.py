@@ -230,7 +230,7 @@ def test_a_file_in_place_of_a_folder_is_found_before_the_first_step(dataset, tmp
     with pytest.raises(RankFailedError) as failure:
         run_ranks(train, 2, plan)
     assert str(failure.value).count(f"ConfigError: {key}.directory={tmp_path}/") == 2, "on both ranks"
-    assert "cannot be written to (File exists); give a writable folder" in str(failure.value)
+    assert "cannot be written to (Not a directory); give a writable folder" in str(failure.value)
 
 
 def test_a_token_outside_the_vocabulary_is_told_by_the_rank_that_met_it(dataset, tmp_path):

@@ -63,7 +63,8 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
             _apply_override(tree, override)
         except ConfigError as error:
             problems += error.problems
-    return _build(tree, source=str(path), problems=problems)
+    source = f"{path} with the command line's overrides" if overrides else str(path)
+    return _build(tree, source=source, problems=problems)
 
 
 def run_config_from_dict(tree: dict[str, Any], source: str = "run config") -> RunConfig:

@@ -75,6 +75,8 @@ def _is_written(location: tuple[int | str, ...], tree: dict[str, Any]) -> bool:
 
 def _describe_missing(location: tuple[int | str, ...], tree: dict[str, Any]) -> str | None:
     key = ".".join(str(part) for part in location)
+    if len(location) == 1:
+        return f"section `{key}:` is missing; add it"
     if location not in DERIVED_KEYS:
         preset = "; write it, or name a model.preset that has it" if location[0] == "model" else "; write it"
         return f"{key} is missing{preset}"

@@ -152,8 +152,8 @@ def test_derived_keys_are_not_blamed_for_their_sources():
 
 def test_missing_sections():
     assert problems_of({}) == [
-        "run.yaml: model is missing; write it, or name a model.preset that has it",
-        "run.yaml: training is missing; write it",
+        "run.yaml: section `model:` is missing; add it",
+        "run.yaml: section `training:` is missing; add it",
     ]
 
 
@@ -183,7 +183,7 @@ def test_presets_do_not_nest(tmp_path):
         (b"\xff\xfe\x00", "is not UTF-8 text"),
         (b"- 1\n", "must hold `key: value` lines"),
         (b"model: !!python/object:os.system {}\n", "could not determine a constructor"),
-        (b"", "model is missing"),
+        (b"", "section `model:` is missing; add it"),
     ],
 )
 def test_broken_files(tmp_path, content, words):
