@@ -42,6 +42,7 @@ class ParallelResidualLayer(TransformerLayer):
     """x + attention(norm1(x)) + mlp(norm2(x)): Black et al. 2022 (GPT-NeoX-20B), section 2.1."""
 
     def forward(self, hidden_states: Tensor, attention_mask=None, rotary_pos_emb=None, **_) -> tuple[Tensor, None]:
+        """[S, B, H] to [S, B, H], with the arguments and the pair of results of TransformerLayer.forward."""
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         attended = self.self_attention(
             self.input_layernorm(hidden_states), attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb

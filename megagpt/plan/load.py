@@ -26,6 +26,11 @@ class RunYamlLoader(yaml.SafeLoader):
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """One mapping of the file.
+
+        Raises:
+            yaml.constructor.ConstructorError: it has a key twice.
+        """
         seen: set[Any] = set()
         for key_node, _ in node.value:
             # nodes other than scalars are left to PyYAML; `<<` (merge) may legitimately appear more than once

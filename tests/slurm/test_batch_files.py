@@ -1,0 +1,250 @@
+"""The shipped batch files: what they ask Slurm for, and what they run, seen with stand-ins for srun and scontrol."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megagpt.data.tokenizer import train_sentencepiece
+from megagpt.train import parse_arguments
+
+ROOT = Path(__file__).parents[2]
+BATCH_FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
+PRETRAIN, DEEPSPEED, PREPROCESS = (
+    ROOT / "slurm" / f"{n}.sbatch" for n in ("pretrain", "pretrain_deepspeed", "preprocess")
+)
+RUN = {
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "vocab_size": 100,
+        "max_position_embeddings": 16,
+    },
+    "parallel": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "training": {"steps": 3},
+}
+# Stand-ins write down how they were called; srun goes on to the command after its own options if SRUN_RUNS is set.
+STUBS = {
+    "python": f'exec {sys.executable} "$@"',
+    "scontrol": 'echo "scontrol $*" >>calls; seq -f "node%g" "${NUM_HOSTS:-2}"',
+    "srun": """
+        echo srun >>calls
+        printf '%s\\0' "$@" >srun_arguments
+        env -0 >srun_environment
+        while [[ ${1:-} == --* ]]; do shift; done
+        if [[ -n ${SRUN_RUNS:-} ]]; then exec "$@"; fi
+        exit "${SRUN_EXITS:-0}" """,
+    "deepspeed": """
+        printf '%s\\0' "$@" >deepspeed_arguments
+        cp "$HOSTFILE" hostfile_seen
+        grep SigIgn /proc/$$/status >ignored_signals""",
+}
+ALLOCATION = {
+    "SLURM_JOB_ID": "123456",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_NNODES": "2",
+    "SLURM_GPUS_ON_NODE": "2",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_CPUS_PER_TASK": "6",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A repository's folder as the batch files see it, with the stand-ins and two configs."""
+    (tmp_path / "bin").mkdir()
+    for name, text in STUBS.items():
+        stub = tmp_path / "bin" / name
+        stub.write_text(f"#!/bin/bash\n{text}\n")
+        stub.chmod(0o755)
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
+    (tmp_path / "ds.json").write_text(json.dumps({"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1}))
+    return tmp_path
+
+
+def submit(folder: Path, batch_file: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a batch file as Slurm would; a variable that is empty is not set."""
+    environ = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", **ALLOCATION, **variables}
+    environ = {key: value for key, value in environ.items() if value}
+    command = ["bash", str(batch_file), *arguments]
+    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=60, check=False)
+
+
+def calls(folder: Path) -> list[str]:
+    path = folder / "calls"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def words(path: Path) -> list[str]:
+    return path.read_text().split("\0")[:-1]
+
+
+def srun_environment(folder: Path) -> dict[str, str]:
+    return dict(entry.split("=", 1) for entry in words(folder / "srun_environment"))
+
+
+@pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)
+def test_syntax_and_order(path: Path) -> None:
+    assert len(BATCH_FILES) == 3
+    subprocess.run(["bash", "-n", path], check=True)
+    text = path.read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    # Slurm stops reading #SBATCH lines at the first command.
+    assert text.rindex("#SBATCH --") < text.index(lines[0])
+    assert lines[0] == "set -euo pipefail"
+    settings = [line for line in lines if re.match(r"[A-Z_]+=\$\{", line)]
+    assert settings
+    assert lines[1 : 1 + len(settings)] == settings
+    for option in ("--requeue", "--open-mode=append", "--job-name=", "--time=", "--output=%x-%j.out"):
+        assert f"#SBATCH {option}" in text
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)
+def test_shellcheck_has_nothing_to_say(path: Path) -> None:
+    result = subprocess.run(["shellcheck", path], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("path", [PRETRAIN, DEEPSPEED], ids=lambda path: path.stem)
+def test_the_warning_goes_to_the_ranks_not_to_the_shell(path: Path) -> None:
+    assert re.findall(r"^#SBATCH --signal=(.*)$", path.read_text(), re.M) == ["USR1@120"]
+
+
+@pytest.mark.parametrize("path", [PRETRAIN, DEEPSPEED], ids=lambda path: path.stem)
+def test_a_plan_that_objects_ends_the_job_before_srun(folder: Path, path: Path) -> None:
+    result = submit(folder, path, "run.yaml", "ds.json", "parallel.tensor_model_parallel_size=3")
+    assert result.returncode == 2
+    assert "error: world size 4 is not a multiple of" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert calls(folder) == []
+
+
+def test_srun_starts_a_rank_per_gpu(folder: Path) -> None:
+    override = "logging.directory=/logs/with space"
+    result = submit(folder, PRETRAIN, "run.yaml", "ds.json", override)
+    assert result.returncode == 0, result.stderr
+    assert "layout     4 ranks = tensor 2 x pipeline 2 x data 1" in result.stdout
+    assert calls(folder) == ["scontrol show hostnames node[1-2]", "srun"]
+    arguments = words(folder / "srun_arguments")
+    start = arguments.index("python")
+    assert arguments[:start] == ["--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--kill-on-bad-exit=1"]
+    assert arguments[start : start + 4] == ["python", "-u", "-m", "megagpt.train"]
+    parsed = parse_arguments(arguments[start + 4 :])
+    assert (parsed.config, parsed.deepspeed_config, parsed.overrides) == ("run.yaml", "ds.json", [override])
+
+
+def test_what_the_ranks_find_in_their_environment(folder: Path) -> None:
+    assert submit(folder, PRETRAIN, "run.yaml", "ds.json").returncode == 0
+    environ = srun_environment(folder)
+    set_by_the_batch_file = set(environ) - set(ALLOCATION) - {"PATH", "PWD", "SHLVL", "_", "OLDPWD"}
+    assert {key: environ[key] for key in set_by_the_batch_file} == {
+        "MASTER_ADDR": "node1",
+        "MASTER_PORT": "23456",
+        "OMP_NUM_THREADS": "6",
+        "SRUN_CPUS_PER_TASK": "6",
+    }
+
+
+def test_without_gpus_slurm_says_how_many_ranks_a_node_has(folder: Path) -> None:
+    result = submit(
+        folder, PRETRAIN, "run.yaml", "ds.json", SLURM_GPUS_ON_NODE="", SLURM_NTASKS_PER_NODE="4", SLURM_NNODES="1"
+    )
+    assert result.returncode == 0, result.stderr
+    assert words(folder / "srun_arguments")[:3] == ["--nodes=1", "--ntasks=4", "--ntasks-per-node=4"]
+
+
+@pytest.mark.parametrize("variables", [{"GPUS_PER_NODE": "4"}, {"GPUS_PER_NODE": "0", "TASKS_PER_NODE": "4"}])
+def test_the_environment_wins(folder: Path, variables: dict[str, str]) -> None:
+    result = submit(folder, PRETRAIN, "run.yaml", "ds.json", **variables, SLURM_NNODES="1", OMP_NUM_THREADS="3")
+    assert result.returncode == 0, result.stderr
+    assert "--ntasks=4" in words(folder / "srun_arguments")
+    assert srun_environment(folder)["OMP_NUM_THREADS"] == "3"
+
+
+def test_many_hosts_do_not_break_the_pipe(folder: Path) -> None:
+    result = submit(folder, PRETRAIN, "run.yaml", "ds.json", NUM_HOSTS="20000")  # more than a pipe holds
+    assert result.returncode == 0, result.stderr
+    assert srun_environment(folder)["MASTER_ADDR"] == "node1"
+
+
+@pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)
+def test_the_job_fails_as_its_ranks_do(folder: Path, path: Path) -> None:
+    arguments = ("tok.model", "out", "a.jsonl") if path == PREPROCESS else ("run.yaml", "ds.json")
+    assert submit(folder, path, *arguments, SRUN_EXITS="7").returncode == 7
+
+
+@pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)
+def test_a_wrong_call_explains_itself(folder: Path, path: Path) -> None:
+    missing = submit(folder, path, "only_one")
+    assert (missing.returncode, calls(folder)) == (2, [])
+    assert f"usage: sbatch slurm/{path.name}" in missing.stderr
+    (folder / "tools").unlink()
+    elsewhere = submit(folder, path, "a", "b", "c")
+    assert (elsewhere.returncode, calls(folder)) == (2, [])
+    assert "submit from the repository's folder" in elsewhere.stderr
+
+
+def test_a_virtual_environment_is_activated(folder: Path) -> None:
+    (folder / "venv/bin").mkdir(parents=True)
+    (folder / "venv/bin/activate").write_text("export VIRTUAL_ENV=active\n")
+    assert submit(folder, PRETRAIN, "run.yaml", "ds.json", VENV="venv").returncode == 0
+    assert srun_environment(folder)["VIRTUAL_ENV"] == "active"
+
+
+def test_deepspeed_launcher_on_each_node(folder: Path) -> None:
+    result = submit(
+        folder,
+        DEEPSPEED,
+        "run.yaml",
+        "ds.json",
+        "training.steps=9",
+        SRUN_RUNS="1",
+        SLURM_NODEID="1",
+        SLURM_NTASKS_PER_NODE="1",
+    )
+    assert result.returncode == 0, result.stderr
+    assert words(folder / "srun_arguments")[:4] == [
+        "--nodes=2",
+        "--ntasks=2",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+    ]
+    arguments = words(folder / "deepspeed_arguments")
+    hostfile = folder / "hostfile.123456"
+    module = arguments.index("megagpt.train")
+    assert arguments[:module] == [
+        *("--hostfile", str(hostfile), "--no_ssh", "--node_rank", "1"),
+        *("--master_addr", "node1", "--master_port", "23456", "--module"),
+    ]
+    assert parse_arguments(arguments[module + 1 :]).overrides == ["training.steps=9"]
+    assert (folder / "hostfile_seen").read_text() == "node1 slots=2\nnode2 slots=2\n"
+    assert not hostfile.exists()
+    assert srun_environment(folder)["OMP_NUM_THREADS"] == "3"  # 6 CPUs for 2 ranks
+
+
+def test_the_launcher_outlives_the_warning_signal(folder: Path) -> None:
+    assert submit(folder, DEEPSPEED, "run.yaml", "ds.json", SRUN_RUNS="1", SLURM_NODEID="0").returncode == 0
+    ignored = int((folder / "ignored_signals").read_text().split()[1], 16)
+    assert ignored >> (signal.SIGUSR1 - 1) & 1
+    assert not ignored >> (signal.SIGTERM - 1) & 1
+
+
+def test_preprocess_writes_a_dataset(folder: Path) -> None:
+    texts = [f"rank {number} holds layer {number * 7 % 13} of the model" for number in range(200)]
+    (folder / "a b.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
+    train_sentencepiece(texts, folder / "tok", vocab_size=300)
+    command = (folder, PREPROCESS, "tok.model", "out", "a b.jsonl")
+    result = submit(*command, TEXT_KEY="content", WORKERS="2", SRUN_RUNS="1", HOME=os.environ.get("HOME", "/"))
+    assert result.returncode == 0, result.stderr
+    assert "out.bin: 200 documents" in result.stdout
+    assert {"out.bin", "out.idx", "out.json"} <= {path.name for path in folder.iterdir()}
