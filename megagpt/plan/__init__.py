@@ -5,6 +5,7 @@ from megagpt.plan.deepspeed_config import DeepSpeedConfig, deepspeed_config_from
 from megagpt.plan.estimates import MemoryEstimate
 from megagpt.plan.load import load_preset, load_run_config, preset_names, run_config_from_dict
 from megagpt.plan.plan import Plan, make_plan
+from megagpt.plan.reference import config_reference
 from megagpt.plan.report import describe, plan_as_dict
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ModelConfig",
     "Plan",
     "RunConfig",
+    "config_reference",
     "deepspeed_config_from_dict",
     "describe",
     "load_deepspeed_config",
