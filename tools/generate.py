@@ -10,7 +10,7 @@ from megagpt.parallel.console import quiet_libraries
 def main() -> None:
     parser = argparse.ArgumentParser(description="Continue a prompt with a trained model, in one process on the CPU.")
     parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint, or a run's checkpoint directory")
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--prompt", required=True, action="append", help="text to continue; may be given several times")
     parser.add_argument("--tokenizer", help="tokenizer file (default: the one that the run was trained with)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -30,8 +30,11 @@ def main() -> None:
     if tokenizer_path is None:
         raise ConfigError("the run was trained without data.tokenizer; give --tokenizer PATH")
     tokenizer = Tokenizer.load(tokenizer_path)
-    tokens = list(generate(model, reader, tokenizer, args.prompt, args.max_new_tokens, sampling))
-    print(tokenizer.decode([*tokenizer.encode(args.prompt), *tokens]))
+    for number, prompt in enumerate(args.prompt):
+        tokens = list(generate(model, reader, tokenizer, prompt, args.max_new_tokens, sampling))
+        if number:
+            print()
+        print(tokenizer.decode([*tokenizer.encode(prompt), *tokens]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The whole path on this machine: text -> tokenizer -> dataset -> training -> Hugging Face folder -> generated text.
 
-`make quickstart` runs it. Every phase is a command that you can run by yourself; it is printed before it starts. What is
-already there is kept, so an interrupted quickstart goes on where it stopped; --fresh begins again.
+`make quickstart` runs it. Every phase is a command that you can run by yourself; it is printed before it starts. What
+is already there is kept, so an interrupted quickstart goes on where it stopped; --fresh begins again.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -61,12 +62,16 @@ class Quickstart:
         shown = [Path(arguments[0]).name if Path(arguments[0]).is_absolute() else arguments[0]]
         shown += [os.path.relpath(a) if Path(a).is_absolute() and Path(a).exists() else a for a in arguments[1:]]
         self.console.print(f"[dim]$ {escape(' '.join(quoted(a) for a in shown))}[/dim]", soft_wrap=True)
-        result = subprocess.run(arguments, env=rank_environment(self.ranks), text=True, stdout=None if keep_as is None else subprocess.PIPE)
+        result = subprocess.run(
+            arguments, env=rank_environment(self.ranks), text=True, stdout=None if keep_as is None else subprocess.PIPE
+        )
         if keep_as is not None:
             self.printed[keep_as] = result.stdout.strip()
             print(result.stdout.rstrip(), flush=True)
         if result.returncode:
-            raise QuickstartError(f"the command above failed with status {result.returncode}; its message says what to mend, then run the same quickstart again")
+            raise QuickstartError(
+                f"the command above failed with status {result.returncode}; mend what it says and run the quickstart again"
+            )
 
 
 def quoted(argument: str) -> str:
@@ -95,6 +100,20 @@ def layout(gpus: int) -> tuple[int, int]:
     if gpus in (1, 2, 3):
         return min(gpus, 2), 1
     return 2, 2
+
+
+def changes(config: Path, folder: Path, tensor: int, pipeline: int) -> list[str]:
+    """Overrides that turn the run config into this quickstart's; none for those that it has already."""
+    run = load_run_config(config)
+    wanted: list[tuple[str, object, object]] = [
+        ("parallel.tensor_model_parallel_size", run.parallel.tensor_model_parallel_size, tensor),
+        ("parallel.pipeline_model_parallel_size", run.parallel.pipeline_model_parallel_size, pipeline),
+        ("data.prefix", run.data.prefix, str(folder / "dataset")),
+        ("data.tokenizer", run.data.tokenizer, str(folder / "tokenizer.model")),
+        ("checkpoint.directory", run.checkpoint.directory, str(folder / "checkpoints")),
+        ("logging.directory", run.logging.directory, str(folder)),
+    ]
+    return [f"{key}={value}" for key, current, value in wanted if current != value]
 
 
 def baselines(prefix: Path, config_path: Path, overrides: list[str], global_batch_size: int) -> dict[str, float]:
@@ -126,7 +145,9 @@ def validation_perplexities(metrics: Path) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train, export and try a small GPT on this machine, from text to generated text.")
+    parser = argparse.ArgumentParser(
+        description="Train, export and try a small GPT on this machine, from text to generated text."
+    )
     parser.add_argument("--work-dir", type=Path, default=Path("runs/quickstart"), help="where everything is written")
     parser.add_argument("--config", type=Path, default=ROOT / "tools" / "quickstart.yaml", help="run config (YAML)")
     parser.add_argument("--deepspeed_config", type=Path, default=ROOT / "ds_configs" / "quickstart.json")
@@ -140,15 +161,7 @@ def main() -> None:
 
     tensor, pipeline = layout(num_gpus())
     folder = args.work_dir
-    overrides = [
-        f"parallel.tensor_model_parallel_size={tensor}",
-        f"parallel.pipeline_model_parallel_size={pipeline}",
-        f"data.prefix={folder / 'dataset'}",
-        f"data.tokenizer={folder / 'tokenizer.model'}",
-        f"checkpoint.directory={folder / 'checkpoints'}",
-        f"logging.directory={folder}",
-        *args.overrides,
-    ]
+    overrides = [*changes(args.config, folder, tensor, pipeline), *args.overrides]
     quickstart = Quickstart(folder, overrides, ranks=tensor * pipeline)
     run_phases(quickstart, args)
     global_batch_size = json.loads(args.deepspeed_config.read_text())["train_batch_size"]
@@ -162,59 +175,97 @@ def run_phases(quickstart: Quickstart, args: argparse.Namespace) -> None:
     corpus, tokenizer, export = folder / "corpus.jsonl", folder / "tokenizer.model", folder / "hf"
     vocab_size = str(load_run_config(args.config, q.overrides).model.vocab_size)
     common = ["--config", str(args.config), "--deepspeed_config", str(args.deepspeed_config)]
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_gpus", str(q.ranks), "--module", "megagpt.train"]
-    q.phase("Collect text", lambda: q.command(q.tool("collect_docs.py", "--output", corpus, "--max-mb", f"{args.max_mb:g}")), corpus)
-    train_tokenizer = q.tool("train_tokenizer.py", "--input", corpus, "--output-prefix", tokenizer.with_suffix(""), "--vocab-size", vocab_size)
+    launcher = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--quiet",
+        "--num_gpus",
+        str(q.ranks),
+        "--module",
+        "megagpt.train",
+    ]
+    q.phase(
+        "Collect text",
+        lambda: q.command(q.tool("collect_docs.py", "--output", corpus, "--max-mb", f"{args.max_mb:g}")),
+        corpus,
+    )
+    train_tokenizer = q.tool(
+        "train_tokenizer.py",
+        "--input",
+        corpus,
+        "--output-prefix",
+        tokenizer.with_suffix(""),
+        "--vocab-size",
+        vocab_size,
+    )
     q.phase("Train tokenizer", lambda: q.command(train_tokenizer), tokenizer)
-    preprocess = q.tool("preprocess_data.py", "--input", corpus, "--output-prefix", folder / "dataset", "--tokenizer", tokenizer, "--append-eod", "--workers", "2")
+    preprocess = q.tool(
+        "preprocess_data.py",
+        "--input",
+        corpus,
+        "--output-prefix",
+        folder / "dataset",
+        "--tokenizer",
+        tokenizer,
+        "--append-eod",
+        "--workers",
+        "2",
+    )
     q.phase("Build dataset", lambda: q.command(preprocess), folder / "dataset.json")
     q.phase("Plan", lambda: q.command(q.tool("plan.py", *common, "--world-size", str(q.ranks), *q.overrides)))
     q.phase("Train", lambda: q.command([*launcher, *common, *q.overrides]))
     convert = q.tool("convert_to_hf.py", "--checkpoint", folder / "checkpoints", "--output", export, "--overwrite")
     q.phase("Export to Hugging Face and check", lambda: q.command(convert, keep_as="export"))
 
-    def generate() -> None:
-        for number, prompt in enumerate(PROMPTS):
-            options = ["--max-new-tokens", "60", "--temperature", "0.7", "--top-k", "40", "--seed", str(number)]
-            q.command(q.tool("generate.py", "--checkpoint", folder / "checkpoints", "--prompt", prompt, *options))
-
-    q.phase("Generate", generate)
+    sampling = ["--max-new-tokens", "60", "--temperature", "0.7", "--top-k", "40"]
+    prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    q.phase(
+        "Generate",
+        lambda: q.command(q.tool("generate.py", "--checkpoint", folder / "checkpoints", *sampling, *prompts)),
+    )
 
 
 def summary(quickstart: Quickstart, ngrams: dict[str, float]) -> None:
     """The table at the end."""
     q, folder = quickstart, quickstart.folder
-    phases = Table(title="Time", title_justify="left", show_header=False)
-    for title, seconds in q.seconds.items():
-        phases.add_row(title, f"{seconds:6.1f} s")
-    phases.add_row("All", f"{sum(q.seconds.values()):6.1f} s", style="bold")
+    phases = [(title, f"{seconds:.1f} s") for title, seconds in q.seconds.items()]
     curve = validation_perplexities(folder / "metrics.jsonl")
-    quality = Table(title="Perplexity of the same held-out tokens", title_justify="left", show_header=False)
-    quality.add_row("model before training", f"{curve[0]:8,.1f}")
-    quality.add_row("unigram", f"{ngrams['unigram']:8,.1f}")
-    quality.add_row("bigram", f"{ngrams['bigram']:8,.1f}")
-    quality.add_row("model after training", f"{curve[-1]:8,.1f}", style="bold")
-    places = Table(title="Where things lie", title_justify="left", show_header=False)
-    for name, what in (
+    quality = [
+        ("model before training", f"{curve[0]:,.1f}"),
+        ("unigram", f"{ngrams['unigram']:,.1f}"),
+        ("bigram", f"{ngrams['bigram']:,.1f}"),
+        ("model after training", f"{curve[-1]:,.1f}"),
+    ]
+    places = [
         ("corpus.jsonl", "text, one document a line"),
         ("tokenizer.model", "tokenizer"),
-        ("dataset.bin, .idx, .json", "tokens, index, manifest"),
-        ("checkpoints", "the run's checkpoints"),
+        ("dataset.{bin,idx,json}", "tokens, index, manifest"),
+        ("checkpoints/", "the run's checkpoints"),
         ("metrics.jsonl", "loss of every step (also as TensorBoard files)"),
-        ("hf", "the model for transformers; " + logits_difference(q.printed.get("export", ""))),
-    ):
-        places.add_row(str(folder / name), what)
-    q.console.print()
-    for table in (phases, quality, places):
-        q.console.print(table)
+        ("hf/", "the model for transformers; " + logits_difference(q.printed.get("export", ""))),
+    ]
+    show(q.console, "Time", [*phases, ("all", f"{sum(q.seconds.values()):.1f} s")], justify="right")
+    show(q.console, "Perplexity of the same held-out tokens", quality, justify="right")
+    show(q.console, f"Where things lie in {folder}", places)
     q.console.print("\n[bold]Next[/bold]")
     for command in (
         f'python tools/generate.py --checkpoint {folder}/checkpoints --prompt "Returns a new" --temperature 0.7',
         f"tensorboard --logdir {folder}",
-        "python tools/plan.py --config tools/quickstart.yaml --deepspeed_config ds_configs/zero1_bf16.json --world-size 64 model.preset=llama3-8b",
+        "python tools/plan.py --config tools/quickstart.yaml --deepspeed_config ds_configs/zero1_bf16.json"
+        " --world-size 64 model.preset=llama3-8b",
         "README.md: your own text, several nodes, Slurm",
     ):
         q.console.print(f"  {escape(command)}", soft_wrap=True)
+
+
+def show(console: Console, title: str, rows: list[tuple[str, str]], justify: Literal["left", "right"] = "left") -> None:
+    """Print a table of two columns; the last row of figures is the one to look at."""
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(justify=justify)
+    for number, row in enumerate(rows):
+        table.add_row(*row, style="bold" if justify == "right" and number == len(rows) - 1 else None)
+    console.print(f"\n[bold]{title}[/bold]")
+    console.print(table)
 
 
 def logits_difference(printed: str) -> str:
