@@ -70,7 +70,7 @@ class Quickstart:
             print(result.stdout.rstrip(), flush=True)
         if result.returncode:
             raise QuickstartError(
-                f"the command above failed with status {result.returncode}; mend what it says and run the quickstart again"
+                f"the command above failed with status {result.returncode}; mend it and run the quickstart again"
             )
 
 
