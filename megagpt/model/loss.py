@@ -15,5 +15,8 @@ def language_model_loss(logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
     Returns:
         Scalar; equal on all tensor-parallel ranks.
     """
-    losses_SB = vocab_parallel_cross_entropy(logits_SBV.float(), labels_BS.transpose(0, 1).contiguous())
+    # Megatron-Core subtracts the maximum in place. Without gradients the caller may want the logits too (the probe of a
+    # checkpoint), so they must not be the same tensor, as they would be in fp32.
+    logits_SBV = logits_SBV.to(torch.float32, copy=not torch.is_grad_enabled())
+    losses_SB = vocab_parallel_cross_entropy(logits_SBV, labels_BS.transpose(0, 1).contiguous())
     return torch.mean(losses_SB)
