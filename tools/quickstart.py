@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -22,9 +23,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from megagpt.errors import MegagptError, run_command
+from megagpt.parallel.launch import free_port
 from megagpt.plan import load_run_config
 
 ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER_PORT = 29500  # the deepspeed launcher's default
 PROMPTS = ("Returns the number of", "This function takes", "Raised when a")
 
 
@@ -93,6 +96,14 @@ def num_gpus() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def master_port() -> list[str]:
+    """An option for the launcher if its default port is taken by another job of this machine."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", LAUNCHER_PORT)):
+            return []
+    return ["--master_port", str(free_port())]
 
 
 def layout(gpus: int) -> tuple[int, int]:
@@ -180,6 +191,7 @@ def run_phases(quickstart: Quickstart, args: argparse.Namespace) -> None:
         "--quiet",
         "--num_gpus",
         str(q.ranks),
+        *master_port(),
         "--module",
         "megagpt.train",
     ]
