@@ -9,6 +9,7 @@ from megagpt.convert.safetensors_stream import TORCH_DTYPES
 from megagpt.convert.tables import Dtype
 from megagpt.convert.verify import RELATIVE_TOLERANCE, LogitsReport, compare_logits
 from megagpt.convert.writer import Export, write_hf_folder
+from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import ConversionError
 from megagpt.generate import load_model, model_logits
 
@@ -42,7 +43,9 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: there is no intact checkpoint.
-        ConversionError: the model has no counterpart, the target exists, or the logits differ (the folder is kept).
+        ConversionError: the model has no counterpart, the target exists, the tokenizer is not that of the run, or the
+            logits differ (the folder is kept).
+        DataError: the tokenizer is missing or damaged.
     """
     model, reader = load_model(checkpoint)
     run, manifest = reader.run, reader.manifest
@@ -55,6 +58,8 @@ def export_checkpoint(
         **manifest.versions,
     }
     tokenizer_path = tokenizer or run.data.tokenizer
+    if tokenizer is not None and run.data.tokenizer is not None:
+        _require_size(Tokenizer.load(tokenizer), run.model.vocab_size)
     export = write_hf_folder(
         output, run.model, reader.full, reader.names, tokenizer_path, dtype, card=facts, overwrite=overwrite
     )
@@ -75,3 +80,12 @@ def export_checkpoint(
         if not report.passed:
             raise ConversionError(f"{export.folder}: its logits differ from those of {what}: {report}; do not use it")
     return checked
+
+
+def _require_size(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Training with a tokenizer has made sure that it has exactly the model's tokens."""
+    if tokenizer.vocab_size != vocab_size:
+        raise ConversionError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens but the model {vocab_size}; give the one "
+            "that it was trained with"
+        )

@@ -1,5 +1,6 @@
 """Run a trained model in one process: load it from a checkpoint of any layout, continue a prompt."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from megagpt.checkpoint import CheckpointReader, find_checkpoint
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.errors import CheckpointError, ConfigError
+from megagpt.errors import CheckpointError, ConfigError, DataError
 from megagpt.model import GPT
 from megagpt.parallel.ranks import start_single_process
 from megagpt.plan import Plan, deepspeed_config_from_dict, make_plan, run_config_from_dict
@@ -67,13 +68,14 @@ class Sampling:
     top_k: int = 0
     """Choose among the k likeliest tokens only; 0: all."""
     top_p: float = 1.0
-    """Choose among the likeliest tokens that together have this probability (Holtzman et al. 2020)."""
+    """Choose among the likeliest tokens that together have this probability (Holtzman et al. 2020); of those that
+    top_k leaves."""
     seed: int = 0
     """Seed of the choice."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"--temperature={self.temperature} is negative; 0 is greedy, about 0.8 varied")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"--temperature={self.temperature} is not in [0, inf); 0 is greedy, about 0.8 varied")
         if self.top_k < 0:
             raise ConfigError(f"--top-k={self.top_k} is negative; 0 means all tokens")
         if not 0 < self.top_p <= 1:
@@ -86,8 +88,17 @@ def generate(
     """Token ids that continue a prompt, one by one, until the end-of-document token or the model's context is full.
 
     Raises:
-        ConfigError: the prompt is empty or longer than the context.
+        ConfigError: the prompt is empty or longer than the context, or max_new_tokens is negative.
+        DataError: the tokenizer does not fit the model.
     """
+    if max_new_tokens < 0:
+        raise ConfigError(f"--max-new-tokens={max_new_tokens} is negative; give 0 or more")
+    vocab_size = reader.run.model.vocab_size
+    if tokenizer.vocab_size != vocab_size:
+        raise DataError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens but the model {vocab_size}; give the one "
+            "that it was trained with"
+        )
     context = reader.run.model.max_position_embeddings
     tokens = tokenizer.encode(prompt)
     if not tokens:
@@ -96,7 +107,7 @@ def generate(
         raise ConfigError(f"the prompt has {len(tokens)} tokens but the model's context is {context}; shorten it")
     generator = torch.Generator().manual_seed(sampling.seed)
     for _ in range(min(max_new_tokens, context - len(tokens))):
-        logits_V = model_logits(model, torch.tensor([tokens]), reader.run.model.vocab_size)[0, -1]
+        logits_V = model_logits(model, torch.tensor([tokens]), vocab_size)[0, -1]
         token = _choose(logits_V, sampling, generator)
         if token == tokenizer.eod_id:
             return
@@ -107,9 +118,11 @@ def generate(
 def _choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    probabilities, tokens = torch.softmax(logits_V / sampling.temperature, -1).sort(descending=True)
+    logits_V, tokens = logits_V.double().sort(descending=True)
     if sampling.top_k:
-        probabilities, tokens = probabilities[: sampling.top_k], tokens[: sampling.top_k]
+        logits_V, tokens = logits_V[: sampling.top_k], tokens[: sampling.top_k]
+    # The largest is 0 whatever the temperature, so that none is too small to divide by.
+    probabilities = torch.softmax((logits_V - logits_V[0]) / sampling.temperature, -1)
     # The token that crosses top_p still belongs to the set.
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities * (before < sampling.top_p)

@@ -47,7 +47,7 @@ def trained(dataset, tmp_path_factory) -> Callable[[str], Path]:
         if model not in folders:
             directory = tmp_path_factory.mktemp(model) / "checkpoints"
             sections = {"model": {"vocab_size": 300}, "data": dataset, "checkpoint": {"directory": str(directory)}}
-            plan = tiny_plan(model, dict(ADAM, lr=1e-2), tp=2, pp=2, steps=25, sections=sections)
+            plan = tiny_plan(model, dict(ADAM, lr=1e-2), tp=2, pp=2, steps=40, sections=sections)
             run_ranks(train_quietly, 4, plan)
             folders[model] = directory
         return folders[model]

@@ -1,6 +1,7 @@
 """Run a function on real gloo ranks: the libraries are imported once, each call forks its ranks."""
 
 import ctypes
+import functools
 import os
 import pickle
 import selectors
@@ -45,6 +46,19 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     if failures:
         raise RankFailedError("\n".join(failures))
     return [value for _, value in results]
+
+
+def in_own_process(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test in a forked process; its fixtures are made in the parent.
+
+    For what joins process groups: gloo's threads do not survive a fork, so that ranks forked later would hang.
+    """
+
+    @functools.wraps(test)
+    def forked(*args: Any, **kwargs: Any) -> None:
+        run_ranks(test, 1, *args, **kwargs)
+
+    return forked
 
 
 def _run_child(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megagpt.errors import LaunchError
 from megagpt.parallel.launch import Launch
 from megagpt.plan import Plan
 
@@ -119,6 +120,9 @@ def start_ranks(plan: Plan, launch: Launch) -> Ranks:
     Args:
         plan: the layout.
         launch: this process's rank as the launcher gave it.
+
+    Raises:
+        LaunchError: there are more ranks than GPUs on this host.
     """
     from megagpt.parallel.without_cuda import prepare_deepspeed, support_hosts_without_cuda
 
@@ -128,11 +132,32 @@ def start_ranks(plan: Plan, launch: Launch) -> Ranks:
 
     launch.export()
     if torch.cuda.is_available():
-        torch.cuda.set_device(launch.local_rank)
+        torch.cuda.set_device(gpu_index(launch.local_rank, torch.cuda.device_count()))
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=GROUP_TIMEOUT)
     return _join_groups(plan.tensor_parallel_size, plan.pipeline_parallel_size, plan.run.training.seed)
+
+
+def gpu_index(local_rank: int, num_gpus: int) -> int:
+    """Which of the GPUs that this process sees is its own.
+
+    Args:
+        local_rank: this process's number on its host.
+        num_gpus: GPUs that the process sees. A single one is taken for its own, as Slurm's --gpus-per-task shows each
+            task nothing but its GPU; NCCL refuses to start if ranks share it after all.
+
+    Raises:
+        LaunchError: there is no GPU for this rank.
+    """
+    if num_gpus == 1:
+        return 0
+    if local_rank >= num_gpus:
+        raise LaunchError(
+            f"local rank {local_rank} has no GPU: this host shows {num_gpus}; start at most {num_gpus} ranks per host, "
+            "or show more of them (CUDA_VISIBLE_DEVICES)"
+        )
+    return local_rank
 
 
 def start_single_process(seed: int = 0) -> Ranks:

@@ -1,0 +1,177 @@
+"""From a checkpoint of TP2 x PP2 to a Hugging Face folder that computes and says the same."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import in_own_process, run_ranks
+from tiny import ADAM, tiny_plan
+
+from megagpt.errors import CheckpointError, ConversionError, DataError
+
+pytestmark = pytest.mark.usefixtures("libraries")
+
+
+def hf_model(folder: Path):
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def checkpoint(request, trained) -> Path:
+    return trained(request.param)
+
+
+@pytest.fixture
+def llama_checkpoint(trained) -> Path:
+    return trained("llama")
+
+
+@in_own_process
+def test_transformers_computes_the_logits_of_the_training_ranks(checkpoint, tmp_path):
+    from megagpt.checkpoint import CheckpointReader, find_checkpoint
+    from megagpt.export import export_checkpoint
+
+    checked = export_checkpoint(checkpoint, tmp_path / "hf")
+    assert checked.against_model.passed
+    assert checked.against_training.passed
+    # not only what the report says:
+    tokens_BS, trained_BPV = CheckpointReader(find_checkpoint(checkpoint)).probe()
+    with torch.no_grad():
+        logits_BSV = hf_model(tmp_path / "hf")(tokens_BS).logits
+    assert logits_BSV.shape[-1] == 300
+    assert (logits_BSV[:, : trained_BPV.shape[1]] - trained_BPV).abs().max() < 1e-4
+    assert trained_BPV.std() > 0.5, "the model has learnt something"
+
+
+@in_own_process
+def test_transformers_says_what_generate_says(checkpoint, tmp_path):
+    from transformers import AutoTokenizer
+
+    from megagpt.data.tokenizer import Tokenizer
+    from megagpt.export import export_checkpoint
+    from megagpt.generate import Sampling, generate, load_model
+
+    export_checkpoint(checkpoint, tmp_path / "hf")
+    ours, reader = load_model(checkpoint)
+    tokenizer = Tokenizer.load(reader.run.data.tokenizer)
+    theirs, hf_tokenizer = hf_model(tmp_path / "hf"), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    texts = set()
+    for prompt in ("the tensor", "loss of", "gradient", " a"):
+        ids = tokenizer.encode(prompt)
+        expected = [*ids, *generate(ours, reader, tokenizer, prompt, 20, Sampling())]
+        inputs = hf_tokenizer(prompt, return_tensors="pt")
+        assert inputs["input_ids"][0].tolist() == ids
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = theirs.generate(**inputs, max_new_tokens=20, do_sample=False)[0].tolist()
+        assert [token for token in found if token != tokenizer.eod_id] == expected
+        assert hf_tokenizer.decode(found, skip_special_tokens=True) == tokenizer.decode(expected)
+        texts.add(tokenizer.decode(expected)[len(prompt) :])
+    assert len(texts) > 1, "the prompt matters"
+
+
+def train_bf16_neox(folder: Path, dataset: dict) -> None:
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.signals import StopSignal
+    from megagpt.train import run
+
+    sections = {"model": {"vocab_size": 300}, "data": dataset, "checkpoint": {"directory": str(folder)}}
+    plan = tiny_plan("neox", ADAM, tp=2, pp=2, steps=3, precision="bf16", sections=sections)
+    run(plan, detect_launch(), StopSignal())
+
+
+@pytest.fixture(scope="module")
+def bf16_checkpoint(dataset, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("neox") / "checkpoints"
+    run_ranks(train_bf16_neox, 4, folder, dataset)
+    return folder
+
+
+@in_own_process
+def test_bf16_training_and_bf16_weights(bf16_checkpoint, tmp_path):
+    from safetensors import safe_open
+
+    from megagpt.export import export_checkpoint
+
+    whole = export_checkpoint(bf16_checkpoint, tmp_path / "fp32")
+    assert whole.against_model.max_difference < 1e-4, "both compute in fp32"
+    assert whole.against_training.max_difference < 0.05, "the ranks computed in bf16"
+    half = export_checkpoint(bf16_checkpoint, tmp_path / "bf16", "bfloat16")
+    assert half.against_model.passed
+    assert half.export.weight_bytes < 0.55 * whole.export.weight_bytes
+    with safe_open(tmp_path / "bf16" / "model.safetensors", framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    assert json.loads((tmp_path / "bf16" / "config.json").read_text())["model_type"] == "gpt_neox"
+
+
+@in_own_process
+def test_an_export_with_other_weights_is_refused(llama_checkpoint, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    import megagpt.export as module
+
+    write = module.write_hf_folder
+
+    def write_and_tamper(folder, *args, **kwargs):
+        export = write(folder, *args, **kwargs)
+        path = export.folder / "model.safetensors"
+        weights = safetensors.torch.load_file(path)
+        weights["model.layers.2.mlp.up_proj.weight"][0] *= -1
+        safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+        return export
+
+    monkeypatch.setattr(module, "write_hf_folder", write_and_tamper)
+    with pytest.raises(
+        ConversionError, match=r"its logits differ from those of the checkpoint's model: .*do not use it"
+    ):
+        module.export_checkpoint(llama_checkpoint, tmp_path / "hf")
+
+
+@in_own_process
+def test_a_checkpoint_whose_weights_are_not_those_of_its_probe_is_refused(llama_checkpoint, tmp_path):
+    """Checksums repaired, so that only the logits can tell."""
+    import safetensors.torch
+
+    from megagpt.checkpoint import find_checkpoint
+    from megagpt.checkpoint.manifest import sha256_of
+    from megagpt.export import export_checkpoint
+
+    folder = tmp_path / "step-00000001"
+    shutil.copytree(find_checkpoint(llama_checkpoint), folder)
+    path = folder / "rank-00000.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["weight/layers.0.mlp.linear_fc1.weight"][:64] *= -1
+    safetensors.torch.save_file(tensors, path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConversionError, match=r"its logits differ from those of the training ranks"):
+        export_checkpoint(folder, tmp_path / "hf")
+
+
+@in_own_process
+def test_damage_and_wrong_tokenizers_are_found_before_anything_is_written(llama_checkpoint, tmp_path):
+    from megagpt.checkpoint import find_checkpoint
+    from megagpt.data.tokenizer import train_sentencepiece
+    from megagpt.export import export_checkpoint
+
+    with pytest.raises(DataError, match=r"absent\.model does not exist"):
+        export_checkpoint(llama_checkpoint, tmp_path / "hf", tokenizer=str(tmp_path / "absent.model"))
+    train_sentencepiece(["other words than those of the dataset"] * 30, tmp_path / "other", vocab_size=280)
+    with pytest.raises(ConversionError, match="has 280 tokens but the model 300; give the one that"):
+        export_checkpoint(llama_checkpoint, tmp_path / "hf", tokenizer=str(tmp_path / "other.model"))
+    copy = tmp_path / "step-00000001"
+    shutil.copytree(find_checkpoint(llama_checkpoint), copy)
+    with (copy / "rank-00002.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(CheckpointError, match=r"rank-00002.safetensors: 1000 bytes, .*; use another checkpoint"):
+        export_checkpoint(copy, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+    assert not list(tmp_path.glob(".hf*"))
