@@ -18,7 +18,8 @@ SMALL = (
 )
 # What is appended to a command so that it ends soon.
 SHORTER = {
-    "deepspeed": SMALL,
+    "deepspeed --num_gpus": SMALL,
+    "deepspeed --hostfile": f"{SMALL} training.steps=1 data.split=[1,0,0] optimizer.warmup_steps=0",
     "torchrun": SMALL,
     "python tools/train_tokenizer.py": "--vocab-size 300",
     "tensorboard": "--inspect",
@@ -28,6 +29,12 @@ ELSEWHERE = {
     "make quickstart": ".ci/run",
     "make test": ".ci/run",
     "python tools/collect_docs.py": "tools/quickstart.py",
+}
+
+# Slurm's sbatch reads the batch file (tests/slurm runs them); ssh asks this host for its address.
+STAND_INS = {
+    "sbatch": '#!/bin/bash\nfor word; do case $word in slurm/*) exec bash -n "$word";; esac; done\nexit 1\n',
+    "ssh": "#!/bin/bash\necho 127.0.0.1\n",
 }
 
 
@@ -44,17 +51,15 @@ def free_port() -> int:
 
 
 def shortened(command: str) -> str:
+    extra = next((extra for start, extra in SHORTER.items() if command.startswith(start)), "")
     if command.startswith("deepspeed "):  # its default port may be taken by another job of this machine
         command = command.replace("deepspeed ", f"deepspeed --master_port {free_port()} ", 1)
-    for start, extra in SHORTER.items():
-        if command.startswith(start):
-            return f"{command} {extra}"
-    return command
+    return f"{command} {extra}"
 
 
 @pytest.fixture
 def workplace(tmp_path) -> Path:
-    """A folder like the repository's, with a small corpus and a stand-in for sbatch."""
+    """A folder like the repository's, with a small corpus and stand-ins for a cluster's programs."""
     for name in ("tools", "ds_configs", "slurm"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "data").mkdir()
@@ -71,9 +76,9 @@ def workplace(tmp_path) -> Path:
     )
     stand_ins = tmp_path / "bin"
     stand_ins.mkdir()
-    sbatch = stand_ins / "sbatch"
-    sbatch.write_text('#!/bin/bash\nfor word; do case $word in slurm/*) exec bash -n "$word";; esac; done\nexit 1\n')
-    sbatch.chmod(0o755)
+    for name, script in STAND_INS.items():
+        (stand_ins / name).write_text(script)
+        (stand_ins / name).chmod(0o755)
     return tmp_path
 
 
