@@ -140,12 +140,12 @@ class Meter:
             self._writer.close()
 
     def _show(self, loss: float, rate: float, norm: float, speed: float, memory: float, left: float) -> None:
-        remaining = str(timedelta(seconds=round(left)))
-        figures = f"loss {loss:.4f}  lr {rate:.2e}  grad norm {norm:.3f}  {speed:,.0f} tokens/s  {memory:.2f} GB"
-        if self._bar is not None:
-            self._bar[0].update(self._bar[1], figures=figures)
-        else:
-            self.console.say(f"{self.at(self._step)}  {figures}  {remaining} left")
+        figures = f"loss {loss:.4f}  lr {rate:.2e}"
+        if self._bar is not None:  # with the bar and the time left, that is what 80 columns hold
+            self._bar[0].update(self._bar[1], figures=f"{figures}  {speed:,.0f} tokens/s")
+            return
+        figures += f"  grad norm {norm:.3f}  {speed:,.0f} tokens/s  {memory:.2f} GB"
+        self.console.say(f"{self.at(self._step)}  {figures}  {timedelta(seconds=round(left))} left")
 
     def _write(self, step: int, group: str, figures: dict[str, float]) -> None:
         if self._file is not None:
@@ -210,7 +210,7 @@ def _progress_bar(plan: Plan, first_step: int) -> "tuple[Progress, Any]":
     progress = Progress(
         TextColumn("step"),
         MofNCompleteColumn(),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=10),
         TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(),
     )

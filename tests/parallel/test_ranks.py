@@ -1,0 +1,107 @@
+"""Groups, agreement and random states of real ranks."""
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import tiny_plan
+
+from megagpt.errors import LaunchError
+
+pytestmark = pytest.mark.usefixtures("libraries")
+
+
+def joined(plan) -> dict:
+    """This rank's place, what its groups add up to, and what it draws."""
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.parallel.ranks import start_ranks
+
+    ranks = start_ranks(plan, detect_launch())
+    members = {}
+    for name in ("tensor", "data", "pipeline"):
+        mask = torch.tensor(1 << ranks.rank)
+        dist.all_reduce(mask, group=getattr(ranks, f"{name}_group"))
+        members[name] = [rank for rank in range(ranks.world_size) if int(mask) >> rank & 1]
+    with get_cuda_rng_tracker().fork():
+        inside = torch.rand(1).item()
+    return {
+        "place": (ranks.tensor_rank, ranks.data_rank, ranks.pipeline_rank),
+        "ends": (ranks.is_first_stage, ranks.is_last_stage),
+        "members": members,
+        "outside": torch.rand(1).item(),
+        "inside": inside,
+        "any": (ranks.any(ranks.rank == 2), ranks.any(False)),
+        "broadcast": ranks.broadcast_object({"from": ranks.rank}),
+        "gathered": ranks.gather_objects(f"rank {ranks.rank}"),
+        "mpu": (ranks.mpu.get_model_parallel_rank(), ranks.mpu.get_data_parallel_world_size()),
+    }
+
+
+@pytest.fixture(scope="module")
+def four(libraries) -> dict[str, list[dict]]:
+    layouts = {"tp2pp2": dict(tp=2, pp=2), "tp2dp2": dict(tp=2, dp=2)}
+    return {name: run_ranks(joined, 4, tiny_plan(**layout)) for name, layout in layouts.items()}
+
+
+def test_tensor_ranks_are_neighbours_and_stages_lie_farthest_apart(four):
+    assert [rank["place"] for rank in four["tp2pp2"]] == [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1)]
+    assert [rank["place"] for rank in four["tp2dp2"]] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)]
+    assert four["tp2pp2"][1]["members"] == {"tensor": [0, 1], "data": [1], "pipeline": [1, 3]}
+    assert four["tp2dp2"][1]["members"] == {"tensor": [0, 1], "data": [1, 3], "pipeline": [1]}
+    assert [rank["ends"] for rank in four["tp2pp2"]] == [(True, False)] * 2 + [(False, True)] * 2
+    assert [rank["mpu"] for rank in four["tp2dp2"]] == [(0, 2), (1, 2)] * 2
+
+
+def test_dropout_agrees_where_activations_do(four):
+    for ranks in four.values():
+        outside, inside = [rank["outside"] for rank in ranks], [rank["inside"] for rank in ranks]
+        assert outside[0] == outside[1], "tensor-parallel ranks hold the same activations between the layers"
+        assert outside[2] == outside[3]
+        assert outside[0] != outside[2], "stages and replicas hold other ones"
+        assert len(set(inside)) == 4, "heads differ everywhere"
+
+
+def test_ranks_agree(four):
+    for rank in four["tp2pp2"]:
+        assert rank["any"] == (True, False)
+        assert rank["broadcast"] == {"from": 0}
+        assert rank["gathered"] == ["rank 0", "rank 1", "rank 2", "rank 3"]
+
+
+def random_states_round_trip() -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from megagpt.parallel.ranks import start_single_process
+    from megagpt.parallel.rng import rng_state, set_rng_state
+
+    def draw() -> list[float]:
+        values = [torch.rand(1).item()]
+        with get_cuda_rng_tracker().fork():
+            values.append(torch.rand(1).item())
+        return values
+
+    ranks = start_single_process(seed=3)
+    assert (ranks.any(True), ranks.broadcast_object(7), ranks.gather_objects(7)) == (True, 7, [7])
+    before = rng_state()
+    kept = {name: state.clone() for name, state in before.items()}
+    first, second = draw(), draw()
+    assert first != second
+    assert all(torch.equal(before[name], kept[name]) for name in kept), "the states are copies"
+    set_rng_state(before)
+    assert [draw(), draw()] == [first, second]
+    assert all(torch.equal(before[name], kept[name]) for name in kept), "and stay as they are"
+
+
+def test_random_states_round_trip(libraries):
+    run_ranks(random_states_round_trip, 1)
+
+
+def test_each_rank_gets_its_own_gpu():
+    from megagpt.parallel.ranks import gpu_index
+
+    assert [gpu_index(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
+    assert gpu_index(3, 1) == 0, "Slurm shows each task its own GPU only"
+    with pytest.raises(LaunchError, match="local rank 2 has no GPU: this host shows 2; start at most 2 ranks per host"):
+        gpu_index(2, 2)
