@@ -122,7 +122,7 @@ def start_ranks(plan: Plan, launch: Launch) -> Ranks:
         launch: this process's rank as the launcher gave it.
 
     Raises:
-        LaunchError: there are more ranks than GPUs on this host.
+        LaunchError: there are more ranks than GPUs on this host, or the ranks cannot meet at the master's port.
     """
     from megagpt.parallel.without_cuda import prepare_deepspeed, support_hosts_without_cuda
 
@@ -135,8 +135,25 @@ def start_ranks(plan: Plan, launch: Launch) -> Ranks:
         torch.cuda.set_device(gpu_index(launch.local_rank, torch.cuda.device_count()))
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=GROUP_TIMEOUT)
+        try:
+            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=GROUP_TIMEOUT)
+        except dist.DistNetworkError as error:
+            raise LaunchError(_network_advice(launch, error)) from None
     return _join_groups(plan.tensor_parallel_size, plan.pipeline_parallel_size, plan.run.training.seed)
+
+
+def _network_advice(launch: Launch, error: Exception) -> str:
+    where = f"MASTER_ADDR={launch.master_addr} MASTER_PORT={launch.master_port}"
+    if "EADDRINUSE" in str(error):
+        return (
+            f"{where}: the port is taken, perhaps by another job of this host; choose a free one with --master_port "
+            "(deepspeed, torchrun) or by exporting MASTER_PORT (srun, mpirun)"
+        )
+    reason = str(error).strip().splitlines()[0]
+    return (
+        f"{where}: rank {launch.rank} of {launch.world_size} could not meet the others there ({reason}); check that the "
+        "address is that of rank 0's host, that hosts reach each other on this port, and that all ranks were started"
+    )
 
 
 def gpu_index(local_rank: int, num_gpus: int) -> int:

@@ -75,8 +75,9 @@ def test_every_preset_plans_with_every_deepspeed_config(name, path):
     tensor, pipeline = SC21[name][1:] if name in SC21 else OTHER_LAYOUTS.get(name, (1, 1))
     if deepspeed.zero_stage >= 2:
         pipeline = 1
-    plan = make_plan(run_of(name, tensor, pipeline), deepspeed, tensor * pipeline * 8)
-    assert (plan.data_parallel_size, plan.gradient_clipping) == (8, 1.0)
+    data = 2 if path.stem == "quickstart" else 8  # its batches are small
+    plan = make_plan(run_of(name, tensor, pipeline), deepspeed, tensor * pipeline * data)
+    assert (plan.data_parallel_size, plan.gradient_clipping) == (data, 1.0)
     assert plan.precision == ("fp32" if "fp32" in path.stem else "bf16")
     assert plan.notes == () or "idles" in plan.notes[0]
     json.dumps(plan.engine_config())
