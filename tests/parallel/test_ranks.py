@@ -105,3 +105,21 @@ def test_each_rank_gets_its_own_gpu():
     assert gpu_index(3, 1) == 0, "Slurm shows each task its own GPU only"
     with pytest.raises(LaunchError, match="local rank 2 has no GPU: this host shows 2; start at most 2 ranks per host"):
         gpu_index(2, 2)
+
+
+def start_at_a_taken_port() -> None:
+    import os
+    import socket
+
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.parallel.ranks import start_ranks
+
+    with socket.socket() as listener:
+        listener.bind(("0.0.0.0", int(os.environ["MASTER_PORT"])))
+        listener.listen()
+        with pytest.raises(LaunchError, match=r"MASTER_PORT=\d+: the port is taken, .* --master_port"):
+            start_ranks(tiny_plan(), detect_launch())
+
+
+def test_a_taken_port_is_explained(libraries):
+    run_ranks(start_at_a_taken_port, 1)
