@@ -17,9 +17,9 @@ MASTER = {"MASTER_ADDR": "node1"}
     [
         (TORCHRUN, ("torchrun or deepspeed", 3, 1, 4, "node1", 1234)),
         ({**MPIRUN, **MASTER, "MASTER_PORT": "99"}, ("mpirun", 2, 0, 4, "node1", 99)),
-        ({**SRUN, **MASTER}, ("srun", 5, 1, 8, "node1", 20000 + 45678 % 20000)),
+        ({**SRUN, **MASTER}, ("srun", 5, 1, 8, "node1", 25678)),
         # mpirun inside a Slurm allocation: each rank sees the batch script's SLURM_PROCID=0
-        ({**MPIRUN, **BATCH, "SLURM_STEP_ID": "0", **MASTER}, ("mpirun", 2, 0, 4, "node1", 20000 + 45678 % 20000)),
+        ({**MPIRUN, **BATCH, "SLURM_STEP_ID": "0", **MASTER}, ("mpirun", 2, 0, 4, "node1", 25678)),
         # torchrun as one Slurm task per node
         ({**SRUN, **TORCHRUN}, ("torchrun or deepspeed", 3, 1, 4, "node1", 1234)),
         # one rank needs nobody to meet
