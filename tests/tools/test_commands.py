@@ -141,7 +141,8 @@ BAD_INPUT = {
         1,
         deepspeed(gradient_accumulation_steps=3),
         "ds.json: train_batch_size=8 is not train_micro_batch_size_per_gpu x gradient_accumulation_steps x "
-        "data-parallel size = 2 x 3 x 1 = 6; use train_batch_size=6 or gradient_accumulation_steps=4, or remove one of the three",
+        "data-parallel size = 2 x 3 x 1 = 6; use train_batch_size=6 or gradient_accumulation_steps=4, or remove "
+        "one of the three",
     ),
     "ZeRO 2 and PP": (
         [pp(2)],
