@@ -151,8 +151,8 @@ def _network_advice(launch: Launch, error: Exception) -> str:
         )
     reason = str(error).strip().splitlines()[0]
     return (
-        f"{where}: rank {launch.rank} of {launch.world_size} could not meet the others there ({reason}); check that the "
-        "address is that of rank 0's host, that hosts reach each other on this port, and that all ranks were started"
+        f"{where}: rank {launch.rank} of {launch.world_size} could not meet the others there ({reason}); check that "
+        "the address is that of rank 0's host, that hosts reach each other on this port, and that all ranks were started"
     )
 
 
