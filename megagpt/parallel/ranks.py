@@ -152,7 +152,7 @@ def _network_advice(launch: Launch, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0]
     return (
         f"{where}: rank {launch.rank} of {launch.world_size} could not meet the others there ({reason}); check that "
-        "the address is that of rank 0's host, that hosts reach each other on this port, and that all ranks were started"
+        "it is rank 0's host, that hosts reach each other on this port, and that all ranks were started"
     )
 
 
