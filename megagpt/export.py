@@ -11,7 +11,7 @@ from megagpt.convert.verify import RELATIVE_TOLERANCE, LogitsReport, compare_log
 from megagpt.convert.writer import Export, write_hf_folder
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import ConversionError
-from megagpt.generate import load_model, model_logits
+from megagpt.generate import load_model, model_logits, tokenizer_path
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ def export_checkpoint(
         **{name: f"{value:.4f}" for name, value in manifest.metrics.items()},
         **manifest.versions,
     }
-    tokenizer_path = tokenizer or run.data.tokenizer
+    chosen = tokenizer_path(reader, tokenizer)
     if tokenizer is not None and run.data.tokenizer is not None:
         _require_size(Tokenizer.load(tokenizer), run.model.vocab_size)
     export = write_hf_folder(
-        output, run.model, reader.full, reader.names, tokenizer_path, dtype, card=facts, overwrite=overwrite
+        output, run.model, reader.full, reader.names, chosen, dtype, card=facts, overwrite=overwrite
     )
     with torch.no_grad():
         for parameter in model.parameters():  # compare what was stored, not what rounding made of it

@@ -53,6 +53,20 @@ def load_model(path: Path) -> tuple[GPT, CheckpointReader]:
     return model.eval(), reader
 
 
+def tokenizer_path(reader: CheckpointReader, given: str | None) -> str | None:
+    """Where the tokenizer is: as given, else as the run config says; None if neither says anything.
+
+    Raises:
+        DataError: the file that the run config names is not there (any more).
+    """
+    named = reader.run.data.tokenizer
+    if given is None and named is not None and not Path(named).exists():
+        raise DataError(
+            f"data.tokenizer={named} of the run does not exist, seen from {Path.cwd()}; give --tokenizer PATH"
+        )
+    return given or named
+
+
 def model_logits(model: GPT, tokens_BS: Tensor, vocab_size: int) -> Tensor:
     """Logits [B, S, vocabulary] in fp32, without the vocabulary's padding."""
     with torch.no_grad():

@@ -175,3 +175,24 @@ def test_damage_and_wrong_tokenizers_are_found_before_anything_is_written(llama_
         export_checkpoint(copy, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
     assert not list(tmp_path.glob(".hf*"))
+
+
+@in_own_process
+def test_a_tokenizer_that_has_moved_away_is_asked_for(llama_checkpoint, tmp_path):
+    import os
+
+    from megagpt.checkpoint import find_checkpoint
+    from megagpt.export import export_checkpoint
+
+    copy = tmp_path / "step-00000001"
+    shutil.copytree(find_checkpoint(llama_checkpoint), copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    tokenizer, manifest["run"]["data"]["tokenizer"] = manifest["run"]["data"]["tokenizer"], "data/tokenizer.model"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    os.chdir(tmp_path)
+    with pytest.raises(
+        DataError, match=r"data/tokenizer\.model of the run does not exist, seen from .*give --tokenizer"
+    ):
+        export_checkpoint(copy, tmp_path / "hf")
+    export_checkpoint(copy, tmp_path / "hf", tokenizer=tokenizer)
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()

@@ -22,14 +22,14 @@ def main() -> None:
     quiet_libraries(args.verbose)
 
     from megagpt.data.tokenizer import Tokenizer
-    from megagpt.generate import Sampling, generate, load_model
+    from megagpt.generate import Sampling, generate, load_model, tokenizer_path
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     model, reader = load_model(args.checkpoint)
-    tokenizer_path = args.tokenizer or reader.run.data.tokenizer
-    if tokenizer_path is None:
+    path = tokenizer_path(reader, args.tokenizer)
+    if path is None:
         raise ConfigError("the run was trained without data.tokenizer; give --tokenizer PATH")
-    tokenizer = Tokenizer.load(tokenizer_path)
+    tokenizer = Tokenizer.load(path)
     for number, prompt in enumerate(args.prompt):
         tokens = list(generate(model, reader, tokenizer, prompt, args.max_new_tokens, sampling))
         if number:

@@ -14,6 +14,7 @@ _CHATTY_LOGGERS = (
     "megatron",
     "torch.distributed",
     "torch.nn.parallel",
+    "torch.utils",
     "torch._dynamo",
     "torch._inductor",
 )

@@ -218,7 +218,7 @@ def _notes(run: RunConfig, deepspeed: DeepSpeedConfig, batch: Batch) -> list[str
     if microbatches < stages:
         bubble = (stages - 1) / (microbatches + stages - 1)
         notes.append(
-            f"{microbatches} micro-batches for {stages} pipeline stages: each stage idles {bubble:.0%} of the time "
+            f"{microbatches} micro-batch{'es' * (microbatches > 1)} for {stages} pipeline stages: each stage idles {bubble:.0%} of the time "
             "((p-1)/(m+p-1)); a larger train_batch_size or a smaller micro-batch shrinks the bubble"
         )
     if run.model.attention_dropout > 0 or run.model.hidden_dropout > 0:
