@@ -217,8 +217,9 @@ def _notes(run: RunConfig, deepspeed: DeepSpeedConfig, batch: Batch) -> list[str
     stages, microbatches = run.parallel.pipeline_model_parallel_size, batch.num_microbatches
     if microbatches < stages:
         bubble = (stages - 1) / (microbatches + stages - 1)
+        count = "1 micro-batch" if microbatches == 1 else f"{microbatches} micro-batches"
         notes.append(
-            f"{microbatches} micro-batch{'es' * (microbatches > 1)} for {stages} pipeline stages: each stage idles {bubble:.0%} of the time "
+            f"{count} for {stages} pipeline stages: each stage idles {bubble:.0%} of the time "
             "((p-1)/(m+p-1)); a larger train_batch_size or a smaller micro-batch shrinks the bubble"
         )
     if run.model.attention_dropout > 0 or run.model.hidden_dropout > 0:
