@@ -40,9 +40,9 @@ def load_model(path: Path) -> tuple[GPT, CheckpointReader]:
     reader = CheckpointReader(find_checkpoint(path))
     if problems := reader.problems():
         raise CheckpointError("\n".join(f"{problem}; use another checkpoint" for problem in problems))
-    start_single_process()
+    ranks = start_single_process()
     plan = single_process_plan(reader)
-    model = GPT(plan)
+    model = GPT(plan).to(ranks.device)
     parameters = dict(model.named_parameters())
     named = {name.replace(".block.", "."): parameter for name, parameter in parameters.items()}
     if missing := set(named) ^ set(reader.names):
@@ -68,9 +68,10 @@ def tokenizer_path(reader: CheckpointReader, given: str | None) -> str | None:
 
 
 def model_logits(model: GPT, tokens_BS: Tensor, vocab_size: int) -> Tensor:
-    """Logits [B, S, vocabulary] in fp32, without the vocabulary's padding."""
+    """Logits [B, S, vocabulary] in fp32 on the CPU, without the vocabulary's padding."""
+    device = next(model.parameters()).device
     with torch.no_grad():
-        return model(tokens_BS)[..., :vocab_size].transpose(0, 1).float()
+        return model(tokens_BS.to(device))[..., :vocab_size].transpose(0, 1).float().cpu()
 
 
 @dataclass(frozen=True)

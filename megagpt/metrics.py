@@ -57,7 +57,7 @@ class Meter:
             _keep_records_until(folder / METRICS_FILE, first_step)
             self._file = (folder / METRICS_FILE).open("a")
             self._writer = _tensorboard(folder, first_step)
-        self._bar = _progress_bar(plan, first_step) if console.is_writer and sys.stdout.isatty() else None
+        self._bar = _progress_bar(plan, first_step) if console.is_writer and _on_terminal() else None
 
     def record(self, step: int, learning_rate: float, loss: Tensor, grad_norm: Tensor | float | None) -> None:
         """Note an update; nothing is fetched from the device.
@@ -161,6 +161,11 @@ class Meter:
 def perplexity(loss: float) -> float:
     """exp(loss): the number of equally likely tokens that would give this loss."""
     return math.exp(min(loss, 700.0))  # exp overflows beyond 709
+
+
+def _on_terminal() -> bool:
+    # Open MPI gives rank 0 a terminal of its own even if mpirun writes to a file.
+    return sys.stdout.isatty() and "OMPI_COMM_WORLD_RANK" not in os.environ
 
 
 def memory_gb() -> float:

@@ -8,7 +8,7 @@ from megagpt.parallel.console import quiet_libraries
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Continue a prompt with a trained model, in one process on the CPU.")
+    parser = argparse.ArgumentParser(description="Continue a prompt with a trained model, in one process.")
     parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint, or a run's checkpoint directory")
     parser.add_argument("--prompt", required=True, action="append", help="text to continue; may be given several times")
     parser.add_argument("--tokenizer", help="tokenizer file (default: the one that the run was trained with)")

@@ -194,7 +194,7 @@ def _join_groups(tensor_size: int, pipeline_size: int, seed: int) -> Ranks:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size
         )
-    cuda = torch.cuda.is_available() and dist.get_backend() == "nccl"
+    cuda = torch.cuda.is_available()
     ranks = Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
