@@ -5,6 +5,7 @@ Losses and norms are kept on the device and fetched once per report, so that ste
 
 import json
 import math
+import os
 import sys
 import time
 from datetime import timedelta
