@@ -77,12 +77,10 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
     from megagpt.checkpoint import finished_step
 
     console = Console(launch.rank, verbose)
-    directory, steps = plan.run.checkpoint.directory, plan.run.training.steps
-    done = finished_step(Path(directory)) if directory else None
-    if done is not None and done >= steps:
+    if (done := finished_step(plan)) is not None:
         console.say(
-            f"{directory} already holds step {done:,} and training.steps={steps:,}: the run is finished, nothing to "
-            "do; to go on, raise training.steps"
+            f"{plan.run.checkpoint.directory} already holds step {done:,} and training.steps="
+            f"{plan.run.training.steps:,}: the run is finished, nothing to do; to go on, raise training.steps"
         )
         return 0
     from megagpt.data.loader import open_dataset

@@ -44,6 +44,25 @@ class TrainState:
         return replace(self, step=self.step + 1, samples=self.samples + samples)
 
 
+def finished_step(plan: Plan) -> int | None:
+    """The step of the newest checkpoint if the run needs no more steps, else None. Files are not checked here.
+
+    Raises:
+        CheckpointError: that checkpoint belongs to another model.
+    """
+    directory = plan.run.checkpoint.directory
+    for folder in list_checkpoints(Path(directory)) if directory else []:
+        try:
+            reader = CheckpointReader(folder)
+        except CheckpointError:  # restoring will tell
+            continue
+        if reader.manifest.step < plan.run.training.steps:
+            return None
+        require_same_model(reader, plan)
+        return reader.manifest.step
+    return None
+
+
 class TrainedModel(Protocol):
     """What checkpoints need of an engine."""
 
@@ -225,7 +244,7 @@ class Checkpoints:
         return None if found else reader
 
     def _load(self, reader: CheckpointReader) -> None:
-        self._check_model(reader)
+        require_same_model(reader, self.plan)
         manifest, plan, ranks = reader.manifest, self.plan, self.ranks
 
         def read(name: str, kind: str) -> Tensor:
@@ -252,15 +271,21 @@ class Checkpoints:
         if layout == (plan.world_size, plan.tensor_parallel_size, plan.pipeline_parallel_size):
             set_rng_state(reader.rng(ranks.rank))
 
-    def _check_model(self, reader: CheckpointReader) -> None:
-        skipped = {"preset", "hidden_dropout", "attention_dropout"}
-        there, here = reader.run.model.model_dump(), self.plan.model.model_dump()
-        differing = [key for key in here if key not in skipped and here[key] != there[key]]
-        if differing:
-            shown = ", ".join(f"model.{key}={here[key]!r} (there {there[key]!r})" for key in differing)
-            raise CheckpointError(
-                f"{reader.folder} belongs to another model: {shown}; use its settings or another checkpoint.directory"
-            )
+
+def require_same_model(reader: CheckpointReader, plan: Plan) -> None:
+    """See that a checkpoint holds the Plan's model; dropout may differ.
+
+    Raises:
+        CheckpointError: it does not; the message lists the keys that differ.
+    """
+    skipped = {"preset", "hidden_dropout", "attention_dropout"}
+    there, here = reader.run.model.model_dump(), plan.model.model_dump()
+    differing = [key for key in here if key not in skipped and here[key] != there[key]]
+    if differing:
+        shown = ", ".join(f"model.{key}={here[key]!r} (there {there[key]!r})" for key in differing)
+        raise CheckpointError(
+            f"{reader.folder} belongs to another model: {shown}; use its settings or another checkpoint.directory"
+        )
 
 
 def probe_tokens(plan: Plan) -> Tensor:

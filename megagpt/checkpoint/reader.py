@@ -146,13 +146,3 @@ class CheckpointReader:
             return safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: not readable ({error}); use another checkpoint") from None
-
-
-def finished_step(directory: Path) -> int | None:
-    """Step of the newest checkpoint whose manifest can be read; None if there is none. Files are not checked."""
-    for folder in list_checkpoints(directory):
-        try:
-            return read_manifest(folder).step
-        except CheckpointError:
-            continue
-    return None

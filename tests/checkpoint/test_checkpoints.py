@@ -132,6 +132,18 @@ def test_another_model_is_refused_with_the_difference(tmp_path):
         run_ranks(curve, 1, other, resumes=True)
 
 
+def test_a_finished_run_is_told_apart_from_another_models(tmp_path):
+    from megagpt.checkpoint import finished_step
+    from megagpt.errors import CheckpointError
+
+    sections = {"checkpoint": {"directory": str(tmp_path)}}
+    run_ranks(curve, 1, tiny_plan(steps=2, sections=sections), save_at=2, until=2)
+    assert finished_step(tiny_plan(steps=2, sections=sections)) == 2
+    assert finished_step(tiny_plan(steps=3, sections=sections)) is None
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        finished_step(tiny_plan("gpt2", steps=2, sections=sections))
+
+
 def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
     plan = plan_in(tmp_path, dp=2)
     run_ranks(curve, 2, plan, save_at=1, until=1)
