@@ -7,7 +7,8 @@ QUICKSTART_ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+# Another minor version of Python makes the environment anew.
+INSTALLED := $(VENV)/.installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 .PHONY: help quickstart test lint format install clean
 
@@ -35,7 +36,7 @@ install: $(INSTALLED) ## Make the environment only
 $(INSTALLED): pyproject.toml tools/constraints.txt
 	@echo "Installing megagpt and what it needs into $(VENV) with $$($(PYTHON) --version): once, some minutes"
 	@$(PYTHON) -c 'import sys; sys.exit("megagpt needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install -qq --upgrade pip
 	@$(BIN)/python -m pip install -qq --constraint tools/constraints.txt torch
 	@$(BIN)/python -m pip install -qq --constraint tools/constraints.txt --editable '.[test,lint]'
