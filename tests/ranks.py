@@ -8,10 +8,10 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
@@ -65,7 +65,6 @@ def _run_child(
     function: Callable, args: tuple, kwargs: dict, rank: int, world_size: int, port: int, write_end: int
 ) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed test run leaves no ranks behind
-    log = Path(f"/tmp/megagpt-test-{os.getpid()}.log")
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -73,7 +72,7 @@ def _run_child(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    with log.open("w+") as output:
+    with tempfile.TemporaryFile() as output:  # has no name, so a killed rank leaves nothing behind
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
@@ -81,8 +80,8 @@ def _run_child(
             result = (True, function(*args, **kwargs))
         except BaseException:
             sys.stdout.flush()
-            result = (False, f"{traceback.format_exc()}\n--- output ---\n{log.read_text()[-2000:]}")
-    log.unlink()
+            said = os.pread(output.fileno(), 1 << 20, 0).decode(errors="replace")
+            result = (False, f"{traceback.format_exc()}\n--- output ---\n{said[-2000:]}")
     with os.fdopen(write_end, "wb") as pipe:
         pipe.write(pickle.dumps(result))
     os._exit(0)
