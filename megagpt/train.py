@@ -97,6 +97,8 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
 
         engine = build_engine(plan, ranks)
     console.say(headline(plan, launch))
+    for note in plan.notes:
+        console.say(f"note: {note}")
     for remark in remarks(plan, streams):
         console.warn(remark)
     checkpoints = Checkpoints(plan, engine, ranks, console)
@@ -158,8 +160,8 @@ def headline(plan: Plan, launch: Launch) -> str:
 
 
 def remarks(plan: Plan, streams: "dict[str, SampleStream | None]") -> list[str]:
-    """What the user should know before the run, one sentence each."""
-    found = list(plan.notes)
+    """What the run will not do although one might expect it, one sentence each."""
+    found = []
     if plan.run.checkpoint.directory is None:
         found.append("checkpoint.directory is not set: nothing will be saved")
     if plan.run.training.eval_interval and streams["validation"] is None:
