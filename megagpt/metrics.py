@@ -110,7 +110,15 @@ class Meter:
             split: `validation` or `test`.
             loss: mean loss per token.
             step: updates done.
+
+        Raises:
+            TrainingError: the loss is not finite; nothing of it may reach a checkpoint.
         """
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"step {step}: the {split} loss is {loss}: the last updates broke the weights; lower optimizer.lr or "
+                "lengthen optimizer.warmup_steps, then run the same command to go on from the last checkpoint"
+            )
         self.latest[f"{split}_loss"] = loss
         self._write(step, split, {"loss": loss, "perplexity": perplexity(loss)})
         self.say(f"{self.at(step)}  {split} loss {loss:.4f}  perplexity {perplexity(loss):,.2f}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagpt.errors import ConfigError, DataError, MegagptError, TrainingError, run_command
+from megagpt.errors import ConfigError, DataError, LaunchError, MegagptError, TrainingError, run_command
 from megagpt.parallel.console import Console, quiet_libraries
 from megagpt.parallel.launch import Launch, detect_launch
 from megagpt.plan import Plan, load_deepspeed_config, load_run_config, make_plan
@@ -50,7 +50,7 @@ def main() -> int:
         run_config = load_run_config(args.config, args.overrides)
         plan = make_plan(run_config, load_deepspeed_config(args.deepspeed_config), launch.world_size)
         return run(plan, launch, stop, args.verbose)
-    except _OneRankError:
+    except (_OneRankError, LaunchError):
         raise
     except MegagptError as error:
         if launch.local_rank != 0:  # all ranks know; one message per host

@@ -140,7 +140,7 @@ def test_a_checkpoint_whose_weights_are_not_those_of_its_probe_is_refused(llama_
     import safetensors.torch
 
     from megagpt.checkpoint import find_checkpoint
-    from megagpt.checkpoint.manifest import sha256_of
+    from megagpt.checkpoint.manifest import Manifest, sha256_of, write_manifest
     from megagpt.export import export_checkpoint
 
     folder = tmp_path / "step-00000001"
@@ -151,7 +151,7 @@ def test_a_checkpoint_whose_weights_are_not_those_of_its_probe_is_refused(llama_
     safetensors.torch.save_file(tensors, path)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, Manifest.model_validate(manifest))
     with pytest.raises(ConversionError, match=r"its logits differ from those of the training ranks"):
         export_checkpoint(folder, tmp_path / "hf")
 
@@ -182,13 +182,14 @@ def test_a_tokenizer_that_has_moved_away_is_asked_for(llama_checkpoint, tmp_path
     import os
 
     from megagpt.checkpoint import find_checkpoint
+    from megagpt.checkpoint.manifest import Manifest, write_manifest
     from megagpt.export import export_checkpoint
 
     copy = tmp_path / "step-00000001"
     shutil.copytree(find_checkpoint(llama_checkpoint), copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     tokenizer, manifest["run"]["data"]["tokenizer"] = manifest["run"]["data"]["tokenizer"], "data/tokenizer.model"
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(copy, Manifest.model_validate(manifest))
     os.chdir(tmp_path)
     with pytest.raises(
         DataError, match=r"data/tokenizer\.model of the run does not exist, seen from .*give --tokenizer"

@@ -133,6 +133,14 @@ def test_what_is_not_finite_ends_the_run_after_it_is_written(folder, loss, norm)
     assert len(lines(folder)) == 3
 
 
+def test_a_held_out_loss_that_is_not_finite_never_reaches_a_checkpoint(folder):
+    with contextlib.closing(meter_in(folder)) as meter:
+        meter.report_eval("validation", 2.0, 0)
+        with pytest.raises(TrainingError, match=r"step 3: the validation loss is nan.*lower optimizer\.lr"):
+            meter.report_eval("validation", math.nan, 3)
+        assert meter.latest == {"validation_loss": 2.0}
+
+
 def test_perplexity():
     assert perplexity(math.log(300)) == pytest.approx(300)
     assert perplexity(1e6) < math.inf

@@ -1,18 +1,32 @@
 """Save and restore a run: every rank writes what it owns, every layout reads what it needs."""
 
+import contextlib
 import os
 import shutil
+import time
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megagpt import __version__
-from megagpt.checkpoint.manifest import FORMAT, MANIFEST, PROBE, File, Manifest, Parameter, Piece, sha256_of, sync_path
+from megagpt.checkpoint.manifest import (
+    FORMAT,
+    PROBE,
+    File,
+    Manifest,
+    Parameter,
+    Piece,
+    read_manifest,
+    sha256_of,
+    sync_path,
+    write_manifest,
+)
 from megagpt.checkpoint.reader import STEP_PREFIX, CheckpointReader, list_checkpoints
 from megagpt.errors import CheckpointError
 from megagpt.model.initialize import full_shape
@@ -45,7 +59,8 @@ class TrainState:
 
 
 def finished_step(plan: Plan) -> int | None:
-    """The step of the newest checkpoint if the run needs no more steps, else None. Files are not checked here.
+    """The step of the newest checkpoint if it is there and the run needs no more steps, else None. Sizes of files are
+    checked here, hashes are not.
 
     Raises:
         CheckpointError: that checkpoint belongs to another model.
@@ -56,7 +71,7 @@ def finished_step(plan: Plan) -> int | None:
             reader = CheckpointReader(folder)
         except CheckpointError:  # restoring will tell
             continue
-        if reader.manifest.step < plan.run.training.steps:
+        if reader.manifest.step < plan.run.training.steps or reader.problems(with_hash=False):
             return None
         require_same_model(reader, plan)
         return reader.manifest.step
@@ -71,7 +86,7 @@ class TrainedModel(Protocol):
     def fragments(self) -> list[Any]: ...
     def load_weight(self, name: str, shard: Tensor) -> None: ...
     def shard_shape(self, name: str) -> tuple[int, ...]: ...
-    def logits(self, tokens_BS: Tensor) -> Tensor | None: ...
+    def logits(self, tokens_BS: Tensor, rows: int, positions: int) -> Tensor | None: ...
 
 
 class Checkpoints:
@@ -148,13 +163,12 @@ class Checkpoints:
 
     def _write_probe(self, temporary: Path, files: dict[str, File], final: Path) -> None:
         tokens_BS = probe_tokens(self.plan)
-        logits_BSV = self.engine.logits(tokens_BS)
+        logits_BSV = self.engine.logits(tokens_BS, rows=1, positions=min(PROBE_POSITIONS, tokens_BS.shape[1]))
         writer = self.ranks.is_last_stage and self.ranks.tensor_rank == 0 and self.ranks.data_rank == 0
 
         def write() -> None:
             assert logits_BSV is not None
-            positions = min(PROBE_POSITIONS, tokens_BS.shape[1])
-            tensors = {"tokens": tokens_BS[:1], "logits": logits_BSV[:1, :positions]}
+            tensors = {"tokens": tokens_BS[:1], "logits": logits_BSV}
             files[PROBE] = _write(temporary / PROBE, tensors)
 
         self._raise_together(self._attempt(write) if writer else None, final)
@@ -185,21 +199,21 @@ class Checkpoints:
         )
 
     def _complete(self, temporary: Path, final: Path, manifest: Manifest) -> None:
-        path = temporary / MANIFEST
-        path.write_text(manifest.model_dump_json(indent=1))
-        sync_path(path)
+        write_manifest(temporary, manifest)
         sync_path(temporary)
         if final.exists():  # the same step again, after a resume from an older checkpoint
             shutil.rmtree(final)
         os.rename(temporary, final)
         sync_path(final.parent)
+        read_manifest(final)  # what cannot be read again must not replace what can
         for old in list_checkpoints(final.parent)[self.plan.run.checkpoint.keep_last :]:
-            shutil.rmtree(old)
+            if old != final:
+                shutil.rmtree(old)
 
     def _attempt(self, action: Any) -> str | None:
         try:
             action()
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
             return f"rank {self.ranks.rank}: {error}"
         return None
 
@@ -217,19 +231,49 @@ class Checkpoints:
         """Load the newest intact checkpoint into the engine; collective. None if there is none.
 
         Raises:
-            CheckpointError: it belongs to another model.
+            CheckpointError: it belongs to another model, or there are checkpoints but none is intact.
         """
         if self.directory is None:
             return None
         folders = self.ranks.broadcast_object(list_checkpoints(self.directory))
+        damaged: list[Path] = []
         for folder in folders:
             reader = self._open_intact(folder)
-            if reader is not None:
-                self._load(reader)
-                state = TrainState(step=reader.manifest.step, samples=reader.manifest.samples)
-                self.console.say(f"resumed from {folder} (step {state.step})")
-                return state
+            if reader is None:
+                damaged.append(folder)
+                continue
+            require_same_model(reader, self.plan)
+            self._load_together(reader)
+            self._set_aside(damaged)
+            state = TrainState(step=reader.manifest.step, samples=reader.manifest.samples)
+            self.console.say(f"resumed from {folder} (step {state.step})")
+            return state
+        if damaged:
+            raise CheckpointError(
+                f"checkpoint.directory={self.directory}: none of its {len(damaged)} checkpoints is intact; restore one "
+                "from a backup, or give another directory to start afresh"
+            )
         return None
+
+    def _set_aside(self, damaged: list[Path]) -> None:
+        """Rename damaged checkpoints, so that retention does not count them as the newest; nothing is deleted."""
+        if self.ranks.rank == 0:
+            for folder in damaged:
+                kept = folder.with_name(f"damaged-{folder.name}-{time.time_ns()}")
+                with contextlib.suppress(OSError):  # a folder that cannot be renamed is skipped again next time
+                    folder.rename(kept)
+                    self.console.warn(f"{folder} is kept as {kept.name}")
+        self.ranks.barrier()
+
+    def _load_together(self, reader: CheckpointReader) -> None:
+        problem = None
+        try:
+            self._load(reader)
+        except CheckpointError as error:
+            problem = str(error)
+        found = [problem for problem in self.ranks.gather_objects(problem) if problem]
+        if found:
+            raise CheckpointError(found[0])
 
     def _open_intact(self, folder: Path) -> CheckpointReader | None:
         reader, problems = None, []
@@ -244,7 +288,6 @@ class Checkpoints:
         return None if found else reader
 
     def _load(self, reader: CheckpointReader) -> None:
-        require_same_model(reader, self.plan)
         manifest, plan, ranks = reader.manifest, self.plan, self.ranks
 
         def read(name: str, kind: str) -> Tensor:

@@ -5,7 +5,8 @@ A checkpoint is a folder `step-00000200/` with
     rank-00000.safetensors ...   per rank: the fragments of weights and moments that it owns (1-D, fp32) and its
                                  random states, as `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `rng/NAME`
     probe.safetensors            tokens and the trained model's logits for them
-    manifest.json                written last; a folder without it does not count
+    manifest.json                what is where, with sizes and hashes
+    manifest.sha256              hash of the manifest, written last; a folder without these two does not count
 
 It is written under a temporary name and renamed once complete.
 """
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megagpt.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+MANIFEST_HASH = "manifest.sha256"
 PROBE = "probe.safetensors"
 FORMAT = 1
 
@@ -86,9 +88,14 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        tree = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing, so the checkpoint was never completed; use another one") from None
+        text = path.read_bytes()
+        if hashlib.sha256(text).hexdigest() != (folder / MANIFEST_HASH).read_text().strip():
+            raise CheckpointError(f"{path}: SHA-256 differs from {MANIFEST_HASH}'s: the content has changed")
+        tree = json.loads(text)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{error.filename}: missing, so the checkpoint was never completed; use another one"
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); use another checkpoint") from None
     found = tree.get("format") if isinstance(tree, dict) else None
@@ -103,7 +110,21 @@ def read_manifest(folder: Path) -> Manifest:
     for name in manifest.files:
         if Path(name).name != name:
             raise CheckpointError(f"{path}: files: {name!r} lies outside the checkpoint; the manifest is not ours")
+    for name, parameter in manifest.parameters.items():
+        for piece in parameter.pieces:
+            if piece.file not in manifest.files:
+                raise CheckpointError(
+                    f"{path}: {name}: {piece.file!r} is not among its files; the manifest is not ours"
+                )
     return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest and its hash into a checkpoint's folder, and have both on the disk."""
+    text = manifest.model_dump_json(indent=1).encode()
+    for name, content in ((MANIFEST, text), (MANIFEST_HASH, hashlib.sha256(text).hexdigest().encode() + b"\n")):
+        (folder / name).write_bytes(content)
+        sync_path(folder / name)
 
 
 def file_problem(path: Path, expected: File, with_hash: bool = True) -> str | None:
@@ -114,8 +135,11 @@ def file_problem(path: Path, expected: File, with_hash: bool = True) -> str | No
         return f"{path}: missing"
     if size != expected.bytes:
         return f"{path}: {size} bytes, {expected.bytes} expected: truncated or replaced"
-    if with_hash and sha256_of(path) != expected.sha256:
-        return f"{path}: SHA-256 differs from the manifest's: the content has changed"
+    try:
+        if with_hash and sha256_of(path) != expected.sha256:
+            return f"{path}: SHA-256 differs from the manifest's: the content has changed"
+    except OSError as error:
+        return f"{path}: not readable ({error.strerror})"
     return None
 
 

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagpt.checkpoint.manifest import PROBE, Manifest, file_problem, read_manifest
-from megagpt.errors import CheckpointError
+from megagpt.errors import CheckpointError, ConfigError
 from megagpt.model.partition import partition_of
 from megagpt.plan import RunConfig, run_config_from_dict
 
@@ -52,8 +52,11 @@ class CheckpointReader:
     def __init__(self, folder: Path):
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
-        self.run: RunConfig = run_config_from_dict(self.manifest.run, source=f"{folder}/manifest.json")
-        """The run that wrote it."""
+        try:
+            self.run: RunConfig = run_config_from_dict(self.manifest.run, source=f"{folder}/manifest.json")
+            """The run that wrote it."""
+        except ConfigError as error:
+            raise CheckpointError(f"{error}; another version of megagpt may read this checkpoint") from None
         self._gated = self.run.model.activation in ("swiglu", "geglu")
 
     @property
@@ -61,15 +64,16 @@ class CheckpointReader:
         """Canonical names of all parameters."""
         return list(self.manifest.parameters)
 
-    def problems(self, part: int = 0, of: int = 1) -> list[str]:
+    def problems(self, part: int = 0, of: int = 1, with_hash: bool = True) -> list[str]:
         """Missing, truncated or changed files; empty if all is well.
 
         Args:
             part: look at every `of`-th file from this one on, so that ranks can share the work.
             of: number of parts.
+            with_hash: read the files and compare their hashes; else look at sizes only.
         """
         files = sorted(self.manifest.files.items())[part::of]
-        found = (file_problem(self.folder / name, expected) for name, expected in files)
+        found = (file_problem(self.folder / name, expected, with_hash) for name, expected in files)
         return [problem for problem in found if problem]
 
     def full(self, name: str, kind: str = "weight") -> Tensor:
@@ -121,19 +125,20 @@ class CheckpointReader:
         shape = self._shard_shape(name)
         flat = torch.empty(prod(shape))
         covered = 0
-        for piece in self.manifest.parameters[name].pieces:
-            if piece.tensor_rank != tensor_rank:
-                continue
+        pieces = [piece for piece in self.manifest.parameters[name].pieces if piece.tensor_rank == tensor_rank]
+        for piece in sorted(pieces, key=lambda piece: piece.start):
             where = f"{self.folder}/{piece.file}: {kind}/{name}"
             with self._open(piece.file) as file:
                 try:
                     part = file.get_tensor(f"{kind}/{name}")
                 except SafetensorError:
                     raise CheckpointError(f"{where} is missing; the file is not ours") from None
-            if part.numel() != piece.stop - piece.start or piece.stop > flat.numel():
-                raise CheckpointError(f"{where} has {part.numel()} elements, not those named in the manifest")
+            if part.numel() != piece.stop - piece.start or piece.stop > flat.numel() or piece.start != covered:
+                raise CheckpointError(
+                    f"{where} has {part.numel()} elements, not {piece.start} to {piece.stop} after the {covered} before"
+                )
             flat[piece.start : piece.stop] = part
-            covered += part.numel()
+            covered = piece.stop
         if covered != flat.numel():
             raise CheckpointError(
                 f"{self.folder}: {covered} of {flat.numel()} elements of {kind}/{name} are here; use another checkpoint"

@@ -95,14 +95,16 @@ class Engine:
                 total += self._wrapped(*self._to_device(next(batches)))
         return self._mean_over_replicas(total / count)
 
-    def logits(self, tokens_BS: Tensor) -> Tensor | None:
-        """Logits of one micro-batch, vocabulary whole and without padding.
+    def logits(self, tokens_BS: Tensor, rows: int, positions: int) -> Tensor | None:
+        """First logits of one micro-batch, vocabulary whole and without padding.
 
         Args:
             tokens_BS: [micro-batch size, sequence length], the same on all ranks.
+            rows: samples whose logits are wanted, from the first.
+            positions: positions whose logits are wanted, from the first.
 
         Returns:
-            [B, S, vocabulary] in fp32 on the ranks of the last stage, None elsewhere. Collective.
+            [rows, positions, vocabulary] in fp32 on the ranks of the last stage, None elsewhere. Collective.
         """
         if self._is_pipeline:
             batch = iter([(tokens_BS, tokens_BS)])
@@ -113,8 +115,9 @@ class Engine:
             self._wrapped.eval()
             with torch.no_grad():
                 logits_SBV = self._wrapped(tokens_BS.to(self.ranks.device))
+        logits_SBV = logits_SBV[:positions, :rows].contiguous()  # before gathering: the whole may not fit
         shards = [torch.empty_like(logits_SBV) for _ in range(self.ranks.tensor_size)]
-        dist.all_gather(shards, logits_SBV.contiguous(), group=self.ranks.tensor_group)
+        dist.all_gather(shards, logits_SBV, group=self.ranks.tensor_group)
         return torch.cat(shards, -1)[..., : self.plan.model.vocab_size].transpose(0, 1).float()
 
     def fragments(self) -> list[Fragment]:

@@ -12,7 +12,7 @@ from torch import Tensor
 class SDPAttention(MegatronModule):
     """Causal attention with the constructor of Megatron-Core's DotProductAttention.
 
-    The causal mask is implied, never built; grouped key/value heads are not repeated in memory.
+    The causal mask is implied, never built; grouped key/value heads are handed over as they are, not repeated.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """Process groups: torch.distributed through DeepSpeed, tensor/pipeline/data groups through Megatron-Core."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -132,7 +133,11 @@ def start_ranks(plan: Plan, launch: Launch) -> Ranks:
 
     launch.export()
     if torch.cuda.is_available():
-        torch.cuda.set_device(gpu_index(launch.local_rank, torch.cuda.device_count()))
+        index = gpu_index(launch.local_rank, torch.cuda.device_count())
+        torch.cuda.set_device(index)
+        # DeepSpeed takes the local rank for the number of the device, and compares it with Open MPI's.
+        for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & set(os.environ):
+            os.environ[name] = str(index)
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         try:

@@ -11,7 +11,7 @@ def rng_state() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state().cpu()
     for name, state in get_cuda_rng_tracker().get_states().items():
-        states[f"tracker.{name}"] = state.cpu()
+        states[f"{_tracker_prefix()}{name}"] = state.cpu()
     return {name: state.clone() for name, state in states.items()}
 
 
@@ -26,6 +26,12 @@ def set_rng_state(states: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(states["cpu"].contiguous())
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"].contiguous())
-    prefix = "tracker."
+    prefix = _tracker_prefix()
     tracked = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
-    get_cuda_rng_tracker().set_states({name: state.clone() for name, state in tracked.items()})
+    if tracked:  # saved on the same kind of device
+        get_cuda_rng_tracker().set_states({name: state.clone() for name, state in tracked.items()})
+
+
+def _tracker_prefix() -> str:
+    # The generators of a GPU and of the CPU have states of different sizes.
+    return f"tracker.{'cuda' if torch.cuda.is_available() else 'cpu'}."

@@ -214,6 +214,12 @@ def _notes(run: RunConfig, deepspeed: DeepSpeedConfig, batch: Batch) -> list[str
             "ZeRO stage 0 runs as stage 1: DeepSpeed's stage 0 reports wrong gradient norms under tensor or pipeline "
             "parallelism and fails in 16 bit; the results are the same"
         )
+    if deepspeed.zero_stage == 3:
+        gib = 4 * count_parameters(run.model) / run.parallel.tensor_model_parallel_size / (1 << 30)
+        notes.append(
+            f"ZeRO stage 3: each rank first builds its whole tensor-parallel part in fp32 ({gib:,.1f} GiB) and then "
+            "splits it; that much must fit on a rank at the start"
+        )
     stages, microbatches = run.parallel.pipeline_model_parallel_size, batch.num_microbatches
     if microbatches < stages:
         bubble = (stages - 1) / (microbatches + stages - 1)

@@ -94,18 +94,78 @@ def test_damaged_checkpoints_are_skipped_loudly(tmp_path):
     weights = newest / "rank-00000.safetensors"
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
-    weights.write_bytes(data)
-    steps, said = run_ranks(restored_step, 1, plan)[0]
-    assert steps == 1
+    kept = tmp_path / "kept"
+    shutil.copytree(newest, kept)
+
+    def damaged(name: str, content: bytes | None) -> str:
+        """What is said when the newest checkpoint has this file; the one before is used, nothing is deleted."""
+        shutil.rmtree(newest, ignore_errors=True)
+        shutil.copytree(kept, newest)
+        (newest / name).unlink()
+        if content is not None:
+            (newest / name).write_bytes(content)
+        step, said = run_ranks(restored_step, 1, plan)[0]
+        assert step == 1
+        assert not newest.exists(), "set aside, or retention would count it as the newest"
+        assert list(tmp_path.glob("damaged-step-00000002-*"))
+        return said
+
+    said = damaged(weights.name, bytes(data))
     assert "rank-00000.safetensors: SHA-256 differs" in said
     assert "the next older one is tried" in said
+    assert "is kept as damaged-step-00000002" in said
+    assert "1000 bytes" in damaged(weights.name, data[:1000])
+    assert "missing" in damaged(weights.name, None)
+    assert "manifest.json: SHA-256 differs" in damaged("manifest.json", b"{")
+    assert "missing" in damaged("manifest.json", None)
+    assert "missing" in damaged("manifest.sha256", None)
 
-    weights.write_bytes(data[:1000])
-    assert "1000 bytes" in run_ranks(restored_step, 1, plan)[0][1]
-    weights.unlink()
-    assert "missing" in run_ranks(restored_step, 1, plan)[0][1]
-    (newest / "manifest.json").write_text("{")
-    assert run_ranks(restored_step, 1, plan)[0][0] == 1
+
+def test_a_manifest_cannot_lead_elsewhere_nor_leave_a_gap(tmp_path):
+    from megagpt.checkpoint import CheckpointReader
+    from megagpt.checkpoint.manifest import read_manifest, write_manifest
+    from megagpt.errors import CheckpointError
+
+    run_ranks(curve, 2, plan_in(tmp_path, dp=2), save_at=1, until=1)
+    folder = tmp_path / "step-00000001"
+    manifest = read_manifest(folder)
+    name, parameter = next((n, p) for n, p in manifest.parameters.items() if len(p.pieces) > 1)
+
+    def with_pieces(pieces):
+        changed = parameter.model_copy(update={"pieces": tuple(pieces)})
+        write_manifest(folder, manifest.model_copy(update={"parameters": {**manifest.parameters, name: changed}}))
+        return CheckpointReader(folder)
+
+    assert with_pieces(reversed(parameter.pieces)).full(name).shape == parameter.shape
+    with pytest.raises(CheckpointError, match="are here"):
+        with_pieces(parameter.pieces[:1]).full(name)
+    with pytest.raises(CheckpointError, match="after the 0 before"):
+        with_pieces(parameter.pieces[1:]).full(name)
+    with pytest.raises(CheckpointError, match="is not among its files"):
+        with_pieces([parameter.pieces[0].model_copy(update={"file": "../elsewhere.safetensors"})])
+    write_manifest(folder, manifest.model_copy(update={"run": {**manifest.run, "bogus": 1}}))
+    with pytest.raises(CheckpointError, match="bogus: unknown key"):
+        CheckpointReader(folder)
+
+
+def test_a_run_without_an_intact_checkpoint_does_not_start_afresh(tmp_path):
+    plan = plan_in(tmp_path)
+    run_ranks(curve, 1, plan, save_at=1, until=1)
+    (tmp_path / "step-00000001" / "rank-00000.safetensors").unlink()
+    with pytest.raises(RankFailedError, match="none of its 1 checkpoints is intact"):
+        run_ranks(restored_step, 1, plan)
+    assert (tmp_path / "step-00000001" / "manifest.json").exists()
+
+
+def test_a_checkpoint_of_an_older_step_is_not_pruned_by_damaged_newer_ones(tmp_path):
+    plan = plan_in(tmp_path)
+    run_ranks(curve, 1, plan, save_at=1, until=1)
+    for step in (4, 5):
+        shutil.copytree(tmp_path / "step-00000001", tmp_path / f"step-{step:08d}")
+        (tmp_path / f"step-{step:08d}" / "probe.safetensors").unlink()
+    run_ranks(curve, 1, plan, save_at=2, resumes=True, until=2)
+    names = sorted(path.name.split("-1")[0] for path in tmp_path.iterdir())
+    assert names == ["damaged-step-00000004", "damaged-step-00000005", "step-00000001", "step-00000002"]
 
 
 def restored_step(plan) -> tuple[int | None, str]:
@@ -150,10 +210,12 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
     shutil.copytree(tmp_path / "step-00000001", tmp_path / "copy")
 
     def fail_on_rank_1() -> None:
+        from safetensors import SafetensorError
+
         import megagpt.checkpoint.checkpoints as module
 
         def full_disk(tensors, path):
-            raise OSError(28, "No space left on device", str(path))
+            raise SafetensorError(f"No space left on device: {path}")
 
         if os.environ["RANK"] == "1":
             module.save_file = full_disk
