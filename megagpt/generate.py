@@ -11,7 +11,7 @@ from torch import Tensor
 from megagpt.checkpoint import CheckpointReader, find_checkpoint
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import CheckpointError, ConfigError, DataError
-from megagpt.model import GPT
+from megagpt.model import GPT, canonical_name
 from megagpt.parallel.ranks import start_single_process
 from megagpt.plan import Plan, deepspeed_config_from_dict, make_plan, run_config_from_dict
 
@@ -43,8 +43,7 @@ def load_model(path: Path) -> tuple[GPT, CheckpointReader]:
     ranks = start_single_process()
     plan = single_process_plan(reader)
     model = GPT(plan).to(ranks.device)
-    parameters = dict(model.named_parameters())
-    named = {name.replace(".block.", "."): parameter for name, parameter in parameters.items()}
+    named = {canonical_name(name, plan.model.num_layers): weight for name, weight in model.named_parameters()}
     if missing := set(named) ^ set(reader.names):
         raise CheckpointError(f"{reader.folder}: parameters {sorted(missing)} are in only one of checkpoint and model")
     with torch.no_grad():

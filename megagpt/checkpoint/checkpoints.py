@@ -103,7 +103,7 @@ class Checkpoints:
         self.plan, self.engine, self.ranks, self.console = plan, engine, ranks, console
         folder = plan.run.checkpoint.directory
         self.directory = Path(folder) if folder else None
-        self._gated = plan.model.activation in ("swiglu", "geglu")
+        self._gated = plan.model.is_gated
         self._moments = MOMENTS[plan.run.optimizer.name]
 
     # ---------------------------------------------------------------- save

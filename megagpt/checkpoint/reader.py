@@ -57,7 +57,7 @@ class CheckpointReader:
             """The run that wrote it."""
         except ConfigError as error:
             raise CheckpointError(f"{error}; another version of megagpt may read this checkpoint") from None
-        self._gated = self.run.model.activation in ("swiglu", "geglu")
+        self._gated = self.run.model.is_gated
 
     @property
     def names(self) -> list[str]:

@@ -11,11 +11,6 @@ from megagpt.model.partition import Partition, partition_of
 from megagpt.plan import Plan
 
 
-def is_gated(plan: Plan) -> bool:
-    """Whether the MLP has a gate."""
-    return plan.model.activation in ("swiglu", "geglu")
-
-
 @torch.no_grad()
 def initialize_weights(named: Iterable[tuple[str, nn.Parameter]], plan: Plan, tensor_rank: int) -> None:
     """Fill this rank's parameters and mark them as Megatron-Core does.
@@ -28,7 +23,7 @@ def initialize_weights(named: Iterable[tuple[str, nn.Parameter]], plan: Plan, te
     from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
     for name, parameter in named:
-        partition = partition_of(name, is_gated(plan))
+        partition = partition_of(name, plan.model.is_gated)
         size = plan.tensor_parallel_size
         full = _full_weight(name, full_shape(parameter, partition, plan), plan)
         shard = partition.shard(full, tensor_rank, size, plan.padded_vocab_size)

@@ -11,7 +11,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megagpt.model.attention import SDPAttention
-from megagpt.model.initialize import is_gated
 from megagpt.model.norm import Norm
 from megagpt.plan import Plan
 
@@ -45,10 +44,10 @@ def transformer_config(plan: Plan) -> TransformerConfig:
         fp16=plan.precision == "fp16",
         normalization=model.normalization,
         layernorm_epsilon=model.layernorm_epsilon,
-        gated_linear_unit=is_gated(plan),
+        gated_linear_unit=model.is_gated,
         activation_func=_ACTIVATIONS[model.activation],
         add_bias_linear=model.add_bias_linear,
-        add_qkv_bias=model.add_qkv_bias or model.add_bias_linear,
+        add_qkv_bias=model.has_qkv_bias,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         perform_initialization=False,

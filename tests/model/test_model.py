@@ -121,7 +121,6 @@ def initial_shards(plan) -> dict[str, list[float]]:
     import torch.distributed as dist
 
     from megagpt.engine import build_engine
-    from megagpt.model.initialize import is_gated
     from megagpt.model.partition import partition_of
     from megagpt.parallel.launch import detect_launch
     from megagpt.parallel.ranks import start_ranks
@@ -131,7 +130,7 @@ def initial_shards(plan) -> dict[str, list[float]]:
     for name, parameter in build_engine(plan, ranks).parameters.items():
         shards = [torch.empty_like(parameter) for _ in range(ranks.tensor_size)]
         dist.all_gather(shards, parameter.detach().contiguous(), group=ranks.tensor_group)
-        whole[name] = partition_of(name, is_gated(plan)).join(shards, plan.model.vocab_size).numpy()
+        whole[name] = partition_of(name, plan.model.is_gated).join(shards, plan.model.vocab_size).numpy()
     return whole
 
 

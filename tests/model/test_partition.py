@@ -88,14 +88,14 @@ def test_names_become_canonical(name, expected):
 def stage_names(plan) -> tuple[int, set[str], dict[str, tuple[int, ...]]]:
     """This rank's stage, its canonical names, and the shapes of the full tensors."""
     from megagpt.engine import build_engine
-    from megagpt.model.initialize import full_shape, is_gated
+    from megagpt.model.initialize import full_shape
     from megagpt.parallel.launch import detect_launch
     from megagpt.parallel.ranks import start_ranks
 
     ranks = start_ranks(plan, detect_launch())
     engine = build_engine(plan, ranks)
     shapes = {
-        name: full_shape(torch.empty(engine.shard_shape(name)), partition_of(name, is_gated(plan)), plan)
+        name: full_shape(torch.empty(engine.shard_shape(name)), partition_of(name, plan.model.is_gated), plan)
         for name in engine.parameters
     }
     return ranks.pipeline_rank, set(engine.parameters), shapes
