@@ -7,13 +7,16 @@ from megagpt.plan.load import load_preset, load_run_config, preset_names, run_co
 from megagpt.plan.plan import Plan, make_plan
 from megagpt.plan.reference import config_reference
 from megagpt.plan.report import describe, plan_as_dict
+from megagpt.plan.traffic import RING_FACTORS, Transfer, traffic_per_step
 
 __all__ = [
+    "RING_FACTORS",
     "DeepSpeedConfig",
     "MemoryEstimate",
     "ModelConfig",
     "Plan",
     "RunConfig",
+    "Transfer",
     "config_reference",
     "deepspeed_config_from_dict",
     "describe",
@@ -24,4 +27,5 @@ __all__ = [
     "plan_as_dict",
     "preset_names",
     "run_config_from_dict",
+    "traffic_per_step",
 ]

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from megagpt.plan.plan import Plan
+from megagpt.plan.traffic import traffic_per_step
 
 GIB = 1 << 30
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "total")
@@ -21,7 +22,7 @@ def describe(plan: Plan) -> str:
     lines = []
     for title, texts in facts:
         lines += [f"{title if index == 0 else '':<11}{text}" for index, text in enumerate(texts)]
-    lines += ["", *_memory_table(plan)]
+    lines += ["", *_memory_table(plan), *_traffic_table(plan)]
     if plan.notes:
         lines += ["", *(f"note: {note}" for note in plan.notes)]
     return "\n".join(lines)
@@ -42,6 +43,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             {"stage": estimate.stage, **{part: getattr(estimate, part) for part in MEMORY_PARTS}}
             for estimate in plan.memory_per_stage
         ],
+        "sent_per_stage": [_sent_bytes(plan, stage) for stage in range(plan.pipeline_parallel_size)],
         "notes": list(plan.notes),
         "run": plan.run.model_dump(mode="json"),
         "engine_config": plan.engine_config(),
@@ -130,4 +132,29 @@ def _memory_table(plan: Plan) -> list[str]:
     for text, estimate in zip(contents, plan.memory_per_stage, strict=True):
         sizes = "".join(f"{getattr(estimate, part) / scale:>13.2f}" for part in MEMORY_PARTS)
         lines.append(f"{estimate.stage:<7}{text:<{width}}{sizes}")
+    return lines
+
+
+def _sent_bytes(plan: Plan, stage: int) -> dict[str, int]:
+    """Bytes that one rank of a stage sends in one step, by process group."""
+    sent: dict[str, float] = {}
+    for transfer in traffic_per_step(plan, stage):
+        sent[transfer.group] = sent.get(transfer.group, 0.0) + transfer.ring_bytes
+    return {group: round(size) for group, size in sent.items()}
+
+
+def _traffic_table(plan: Plan) -> list[str]:
+    """Table of what one rank of each stage sends in one step; nothing for a single rank."""
+    rows = [_sent_bytes(plan, stage) for stage in range(plan.pipeline_parallel_size)]
+    groups = list(dict.fromkeys(group for row in rows for group in row))
+    if not groups:
+        return []
+    scale, unit = (GIB, "GiB") if max(max(row.values()) for row in rows if row) >= GIB else (1 << 20, "MiB")
+    lines = [
+        "",
+        f"sent per rank and step in {unit}, by group of ranks (as by ring algorithms)",
+        f"{'stage':<7}" + "".join(f"{group:>13}" for group in groups),
+    ]
+    for stage, row in enumerate(rows):
+        lines.append(f"{stage:<7}" + "".join(f"{row.get(group, 0) / scale:>13.2f}" for group in groups))
     return lines

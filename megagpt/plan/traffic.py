@@ -1,0 +1,171 @@
+"""What each rank says to others in one step: collectives, groups and bytes, worked out from the Plan.
+
+Sources: "Megatron-LM" (arXiv 1909.08053, section 3) for tensor parallelism: two all-reduces of `s b h` in the forward
+and two in the backward pass of a layer; "Reducing Activation Recomputation" (arXiv 2205.05198, section 4.2.2) for
+sequence parallelism: all-gather and reduce-scatter in their place; "ZeRO" (arXiv 1910.02054, section 7) for data
+parallelism: 2 P in stages 1 and 2, 3 P in stage 3. What Megatron-Core 0.16-0.19 and DeepSpeed 0.19 really do, and where
+that is more, is counted as it is and said in a comment. `parallel/accounting.py` counts the real calls.
+
+Scalars (gradient norm, overflow flag, loss) are left out.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megagpt.plan.estimates import DTYPE_BYTES
+from megagpt.plan.layout import stage_parameters_per_rank
+from megagpt.plan.plan import Plan
+
+
+def _once(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+RING_FACTORS: dict[str, Callable[[int], float]] = {
+    "all_reduce": lambda ranks: 2 * (ranks - 1) / ranks,
+    "all_gather": _once,
+    "reduce_scatter": _once,
+    "broadcast": _once,
+    "all_to_all": _once,
+    "reduce": _once,
+    "gather": _once,
+    "scatter": _once,
+    "send": lambda ranks: 1.0,
+    "recv": lambda ranks: 0.0,
+    "barrier": lambda ranks: 0.0,
+}
+"""Ring bytes per byte of the whole tensor, by collective, from the number of ranks in the group.
+
+Ring bytes are what a rank sends, on average over its group, if the collective is done in a ring: the least that any
+algorithm can do for large tensors (Patarasuk & Yuan 2009, "Bandwidth optimal all-reduce algorithms"; nccl-tests calls
+these factors those of the bus bandwidth). By this convention an all-reduce costs as much as a reduce-scatter plus an
+all-gather of the same tensor, whatever a backend does.
+"""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One kind of collective that a rank takes part in."""
+
+    purpose: str
+    """What for, in words."""
+    group: str
+    """tensor, pipeline, data or embedding (first and last pipeline stage)."""
+    collective: str
+    """A key of RING_FACTORS."""
+    size: int
+    """Ranks of the group."""
+    payload: int
+    """Bytes of the whole tensors, summed over one step."""
+
+    @property
+    def ring_bytes(self) -> float:
+        """Bytes that the rank sends in one step."""
+        return RING_FACTORS[self.collective](self.size) * self.payload
+
+
+def traffic_per_step(plan: Plan, stage: int) -> tuple[Transfer, ...]:
+    """Everything that a rank of one pipeline stage sends in one step, scalars left out; groups of one rank too.
+
+    Args:
+        plan: the layout.
+        stage: 0 ... pipeline size - 1.
+    """
+    transfers = [*_tensor_parallel(plan, stage), *_pipeline(plan, stage), *_data_parallel(plan, stage)]
+    return tuple(transfer for transfer in transfers if transfer.size > 1 and transfer.payload > 0)
+
+
+def _activation_bytes(plan: Plan) -> int:
+    """Bytes of the hidden states of one micro-batch: s b h."""
+    return plan.seq_length * plan.microbatch_size * plan.model.hidden_size * DTYPE_BYTES[plan.precision]
+
+
+def _tensor_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
+    """Activations and their gradients inside the layers, embedding, head and loss."""
+    size, sbh, model = plan.tensor_parallel_size, _activation_bytes(plan), plan.model
+    first, last = stage == 0, stage == plan.pipeline_parallel_size - 1
+    sequence, passes = plan.run.parallel.sequence_parallel, plan.num_microbatches
+
+    def transfer(purpose: str, collective: str, count: int) -> Transfer:
+        return Transfer(purpose, "tensor", collective, size, count * passes * sbh)
+
+    layers = len(plan.transformer_layers_of_stage(stage))
+    forwards = 2 if plan.run.training.recompute_granularity == "full" else 1
+    if sequence:
+        # Attention and MLP each gather their input and scatter the sum of their output; backward the other way round,
+        # and Megatron-Core keeps only its part of the input, so it gathers that again for the weight's gradient.
+        yield transfer("layers", "all_gather", layers * (2 * forwards + 4))
+        yield transfer("layers", "reduce_scatter", layers * (2 * forwards + 2))
+        yield transfer("head", "all_gather", 2 * last)
+        yield transfer("head", "reduce_scatter", 1 * last)
+        yield from _sequence_parallel_gradients(plan, layers, last)
+    else:
+        yield transfer("layers", "all_reduce", layers * (2 * forwards + 2))
+        yield transfer("head", "all_reduce", 1 * last)
+    if first:
+        # Learned positions are added before the sequence is split, so that the words' sum is needed in whole.
+        split_at_once = sequence and model.position_embedding_type != "learned_absolute"
+        yield transfer("embedding", "reduce_scatter" if split_at_once else "all_reduce", 1)
+        yield transfer("embedding", "all_gather", 1 * sequence)
+    if last:
+        # Largest logit, logit of the label and sum of exponentials of each token, in fp32.
+        tokens = plan.seq_length * plan.microbatch_size
+        yield Transfer("loss", "tensor", "all_reduce", size, 3 * 4 * tokens * passes)
+
+
+def _sequence_parallel_gradients(plan: Plan, layers: int, last: bool) -> Iterator[Transfer]:
+    """Gradients of what works on a part of the sequence (norms, biases after a split matrix), once per micro-batch."""
+    model = plan.model
+    per_norm = 2 if model.normalization == "LayerNorm" else 1
+    vectors = layers * (2 * per_norm + 2 * model.add_bias_linear) + per_norm * last
+    payload = vectors * model.hidden_size * DTYPE_BYTES[plan.precision] * plan.num_microbatches
+    yield Transfer("gradients of norms and biases", "tensor", "all_reduce", plan.tensor_parallel_size, payload)
+
+
+def _pipeline(plan: Plan, stage: int) -> Iterator[Transfer]:
+    """One activation and one gradient per boundary and micro-batch; the tied embedding's gradient once per step."""
+    stages, size, passes = plan.pipeline_parallel_size, plan.tensor_parallel_size, plan.num_microbatches
+    if stages == 1:
+        return
+    after, before = stage < stages - 1, stage > 0
+    sbh, sequence = _activation_bytes(plan), plan.run.parallel.sequence_parallel
+    section = plan.deepspeed.raw.get("pipeline", {})
+    cut_forward, cut_backward = (
+        size > 1 and not sequence and section.get(key, True) for key in ("pipe_partitioned", "grad_partitioned")
+    )
+    # A part travels with its shape: number of dimensions, 3 sizes, number of parts, rank, bounds of the parts.
+    shape = 8 * (1 + 3 + 2 + size + 1)
+    activation = sbh // size + shape if cut_forward else sbh // (size if sequence else 1)
+    gradient = sbh // size + shape if cut_backward else sbh // (size if sequence else 1)
+    yield Transfer("activations", "pipeline", "send", 2, passes * activation * after)
+    yield Transfer("activation gradients", "pipeline", "send", 2, passes * gradient * before)
+    # What arrives in parts is made whole; the sender too keeps only its part until the backward pass.
+    wholes = cut_forward * (before + after) + cut_backward * after
+    yield Transfer("parts between stages", "tensor", "all_gather", size, passes * wholes * sbh)
+    if not plan.model.untie_embeddings_and_output_weights and (not after or not before):
+        rows = plan.padded_vocab_size // size
+        payload = rows * plan.model.hidden_size * DTYPE_BYTES[plan.grad_accum_dtype]
+        group = "pipeline" if stages == 2 else "embedding"
+        yield Transfer("tied embedding's gradient", group, "all_reduce", 2, payload)
+
+
+def _data_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
+    """Gradients and updated weights."""
+    parameters = stage_parameters_per_rank(
+        plan.model, plan.stage_bounds, stage, plan.tensor_parallel_size, plan.padded_vocab_size
+    )
+    zero, size, passes = plan.deepspeed.raw.get("zero_optimization", {}), plan.data_parallel_size, plan.num_microbatches
+    communicated = plan.deepspeed.raw.get("communication_data_type") or plan.precision
+    gradients = parameters * DTYPE_BYTES[communicated]
+    weights = parameters * DTYPE_BYTES[plan.precision]
+    if plan.zero_stage == 3:
+        yield Transfer("gradients", "data", "reduce_scatter", size, passes * gradients)
+        # Gathered for the forward and again for the backward pass; layers below the thresholds of the JSON stay.
+        yield Transfer("weights", "data", "all_gather", size, 2 * passes * weights)
+        return
+    # Stage 2 keeps no whole gradients from one micro-batch to the next, so it reduces each one. DeepSpeed's default
+    # reduces a bucket for all ranks at once, by an all-reduce: twice the bytes of a reduce-scatter.
+    times = passes if plan.zero_stage == 2 else 1
+    one_by_one = zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
+    yield Transfer("gradients", "data", "reduce" if one_by_one else "all_reduce", size, times * gradients)
+    yield Transfer("weights", "data", "all_gather", size, weights)
