@@ -14,16 +14,15 @@ from megagpt.errors import CheckpointError, ConfigError, DataError
 from megagpt.model import GPT, canonical_name
 from megagpt.parallel.ranks import start_single_process
 from megagpt.plan import Plan, deepspeed_config_from_dict, make_plan, run_config_from_dict
+from megagpt.plan.recompute import FULL_ONLY_KEYS
 
 
 def single_process_plan(reader: CheckpointReader) -> Plan:
     """The Plan of a checkpoint's model in one process, fp32, whatever layout trained it."""
     tree = reader.run.model_dump(mode="json")
-    tree["parallel"] |= {
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
-        "sequence_parallel": False,
-    }
+    tree["parallel"] = {"make_vocab_size_divisible_by": reader.run.parallel.make_vocab_size_divisible_by}
+    for key in ("recompute_granularity", *FULL_ONLY_KEYS):
+        tree["training"].pop(key)
     config = deepspeed_config_from_dict({"train_batch_size": 1})
     return make_plan(run_config_from_dict(tree, source=str(reader.folder)), config, 1)
 

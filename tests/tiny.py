@@ -42,10 +42,10 @@ def tiny_plan(
     sp: bool = False,
     steps: int = 20,
     dropout: float = 0.0,
-    recompute: str = "none",
+    recompute: dict | None = None,
     sections: dict | None = None,
 ) -> Plan:
-    """The Plan of a tiny model; `sections` are merged into the run config."""
+    """The Plan of a tiny model; `recompute` holds keys of `training`, `sections` are merged into the run config."""
     tree: dict = {
         "model": {
             **MODELS[model],
@@ -60,7 +60,7 @@ def tiny_plan(
             "make_vocab_size_divisible_by": 16,
         },
         "optimizer": optimizer,
-        "training": {"steps": steps, "recompute_granularity": recompute},
+        "training": {"steps": steps, **(recompute or {})},
     }
     for name, section in (sections or {}).items():
         tree[name] = {**tree.get(name, {}), **section}

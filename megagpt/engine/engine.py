@@ -16,7 +16,15 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 
 from megagpt.engine.fragments import Fragment, local_fragments
-from megagpt.model import GPT, PipelineLayer, canonical_name, initialize_weights, language_model_loss, pipeline_layers
+from megagpt.model import (
+    GPT,
+    PipelineLayer,
+    canonical_name,
+    initialize_weights,
+    language_model_loss,
+    pipeline_layers,
+    with_recomputation,
+)
 from megagpt.optim import build_optimizer
 from megagpt.parallel.ranks import Ranks
 from megagpt.plan import Plan
@@ -212,13 +220,15 @@ def _pipeline_module(plan: Plan) -> PipelineModule:
         axes=["pipe", "data", "model"],
         dims=[plan.pipeline_parallel_size, plan.data_parallel_size, plan.tensor_parallel_size],
     )
-    return _PlannedPipeline(
+    module = _PlannedPipeline(
         layers=[_layer_spec(layer) for layer in pipeline_layers(plan)],
         loss_fn=language_model_loss,
         topology=topology,
         partition_method=",".join(map(str, plan.stage_bounds)),
-        activation_checkpoint_interval=0,  # the layers checkpoint themselves
+        activation_checkpoint_interval=0,  # DeepSpeed's own would replay other dropout masks
     )
+    module.forward_funcs = with_recomputation(module.forward_funcs, plan)
+    return module
 
 
 def _layer_spec(layer: PipelineLayer) -> LayerSpec:

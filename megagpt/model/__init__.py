@@ -4,6 +4,7 @@ from megagpt.model.gpt import GPT, PipelineLayer, pipeline_layers
 from megagpt.model.initialize import initialize_weights
 from megagpt.model.loss import language_model_loss
 from megagpt.model.partition import Partition, canonical_name, partition_of
+from megagpt.model.recompute import with_recomputation
 
 __all__ = [
     "GPT",
@@ -14,4 +15,5 @@ __all__ = [
     "language_model_loss",
     "partition_of",
     "pipeline_layers",
+    "with_recomputation",
 ]

@@ -1,8 +1,11 @@
 """Attention core: torch's scaled_dot_product_attention in place of Megatron-Core's unfused one."""
 
+import contextlib
+
+import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -12,11 +15,20 @@ from torch import Tensor
 class SDPAttention(MegatronModule):
     """Causal attention with the constructor of Megatron-Core's DotProductAttention.
 
-    The causal mask is implied, never built; grouped key/value heads are handed over as they are, not repeated.
+    The causal mask is implied, never built; grouped key/value heads are handed over as they are, not repeated. With
+    `recompute` the backward pass computes the attention again from query, key and value.
     """
 
     def __init__(
-        self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None, **_
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        attention_dropout=None,
+        softmax_scale=None,
+        recompute: bool = False,
+        **_,
     ):
         super().__init__(config=config)
         tensor_size = parallel_state.get_tensor_model_parallel_world_size()
@@ -24,6 +36,7 @@ class SDPAttention(MegatronModule):
         self.num_groups = config.num_query_groups // tensor_size
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.recompute = recompute
 
     def forward(
         self,
@@ -47,9 +60,18 @@ class SDPAttention(MegatronModule):
         """
         assert attention_mask is None and packed_seq_params is None and attention_bias is None
         query_BNSD, key_BGSD, value_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        dropout = self.dropout if self.training else 0.0
+        if self.recompute and torch.is_grad_enabled():
+            context_BNSD = checkpoint(self._attend, False, query_BNSD, key_BGSD, value_BGSD)
+        else:
+            context_BNSD = self._attend(query_BNSD, key_BGSD, value_BGSD)
+        return context_BNSD.permute(2, 0, 1, 3).flatten(2)
 
-        def attend() -> Tensor:
+    def _attend(self, query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        # Heads differ between TP ranks, so their dropout must too; under sequence parallelism the whole layer already
+        # draws from the tensor-parallel generator.
+        forks_rng = dropout > 0 and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if forks_rng else contextlib.nullcontext():
             return F.scaled_dot_product_attention(
                 query_BNSD,
                 key_BGSD,
@@ -59,12 +81,3 @@ class SDPAttention(MegatronModule):
                 scale=self.softmax_scale,
                 enable_gqa=self.num_heads != self.num_groups,
             )
-
-        # Heads differ between TP ranks, so their dropout must too; under sequence parallelism the whole layer already
-        # draws from the tensor-parallel generator.
-        if dropout > 0 and not self.config.sequence_parallel:
-            with get_cuda_rng_tracker().fork():
-                context_BNSD = attend()
-        else:
-            context_BNSD = attend()
-        return context_BNSD.permute(2, 0, 1, 3).flatten(2)

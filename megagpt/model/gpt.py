@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from megagpt.model.layers import Embedding, Head, Layer, TiedHead, build_rotary
 from megagpt.model.loss import language_model_loss
 from megagpt.model.norm import Norm
+from megagpt.model.recompute import with_recomputation
 from megagpt.model.transformer_config import transformer_config
 from megagpt.plan import Plan
 
@@ -53,6 +54,7 @@ class GPT(nn.Module):
         first, *middle, norm, last = pipeline_layers(plan)
         self.embedding = first.build()
         self.layers = nn.ModuleList(layer.build() for layer in middle)
+        self._runs = with_recomputation(list(self.layers), plan)
         self.final_norm = norm.build()
         self.head = last.build(word_embeddings=self.embedding.word_embeddings) if last.tied else last.build()
 
@@ -67,7 +69,7 @@ class GPT(nn.Module):
             Scalar mean loss in fp32, or logits [S, B, V / TP].
         """
         hidden_SBH = self.embedding(tokens_BS)
-        for layer in self.layers:
-            hidden_SBH = layer(hidden_SBH)
+        for run in self._runs:
+            hidden_SBH = run(hidden_SBH)
         logits_SBV = self.head(self.final_norm(hidden_SBH))
         return logits_SBV if labels_BS is None else language_model_loss(logits_SBV, labels_BS)

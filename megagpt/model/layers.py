@@ -53,35 +53,28 @@ class ParallelResidualLayer(TransformerLayer):
 
 
 class Layer(nn.Module):
-    """One transformer layer, with its rotary table and activation checkpointing.
+    """One transformer layer, with its rotary table.
 
     Args:
         config: Megatron-Core's config.
-        plan: gives the kind of residual and the recomputation.
+        plan: gives the kind of residual.
         index: 0 ... num_layers - 1.
         rotary: the rotary frequencies, shared by all layers of a process; None for learned positions.
     """
 
     def __init__(self, config: TransformerConfig, plan: Plan, index: int, rotary: RotaryEmbedding | None):
         super().__init__()
-        spec = layer_spec(config)
+        spec = layer_spec(config, plan)
         if plan.model.parallel_residual:
             spec.module = ParallelResidualLayer
         self.block = build_module(spec, config=config, layer_number=index + 1)
         self.rotary = rotary
-        self.recompute = plan.run.training.recompute_granularity == "full"
         self.sequence_splits = config.tensor_model_parallel_size if config.sequence_parallel else 1
         # Under sequence parallelism each TP rank holds other tokens, so every dropout needs the TP rank's generator.
         self.forks_rng = config.sequence_parallel
 
     def forward(self, hidden_SBH: Tensor) -> Tensor:
         """[S, B, H] -> [S, B, H]."""
-        if self.recompute and self.training and torch.is_grad_enabled():
-            # Megatron-Core's checkpoint restores its own generators; DeepSpeed's would replay other dropout masks.
-            return tensor_parallel.checkpoint(self._compute, False, hidden_SBH)
-        return self._compute(hidden_SBH)
-
-    def _compute(self, hidden_SBH: Tensor) -> Tensor:
         rotary = None if self.rotary is None else self.rotary(hidden_SBH.shape[0] * self.sequence_splits)
         if self.forks_rng:
             with tensor_parallel.get_cuda_rng_tracker().fork():

@@ -60,10 +60,11 @@ def transformer_config(plan: Plan) -> TransformerConfig:
     )
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, plan: Plan) -> ModuleSpec:
     """Megatron-Core's local layer spec with our norm and attention core."""
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
-    attention = dataclasses.replace(spec.submodules.self_attention.submodules, core_attention=SDPAttention)
+    core_attention = partial(SDPAttention, recompute=plan.run.training.recompute_granularity == "selective")
+    attention = dataclasses.replace(spec.submodules.self_attention.submodules, core_attention=core_attention)
     spec.submodules = dataclasses.replace(
         spec.submodules,
         input_layernorm=Norm,

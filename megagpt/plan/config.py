@@ -167,8 +167,21 @@ class TrainingConfig(Section):
     """Tokens per sample; default: model.max_position_embeddings."""
     seed: NonNegative = 1234
     """Seed of weights, dropout and sample order."""
-    recompute_granularity: Literal["none", "full"] = "none"
-    """Activation checkpointing: keep all activations, or recompute each transformer layer in the backward pass."""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing: `none` keeps all activations; `full` keeps the inputs of transformer layers only and
+    recomputes the layers in the backward pass; `selective` recomputes the attention core only, which pays off where
+    torch has no fused kernel for it (a fused one keeps no sequence x sequence matrix anyway)."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """Which layers `full` recomputes: `uniform` makes segments of recompute_num_layers layers of a pipeline stage and
+    keeps one input per segment; `block` recomputes the first recompute_num_layers layers of each stage one by one and
+    keeps the activations of the others."""
+    recompute_num_layers: Positive = 1
+    """Layers per segment (uniform) or recomputed layers per stage (block)."""
+    distribute_saved_activations: bool = False
+    """With `full`: split each kept input over the tensor-parallel ranks, all-gather it in the backward pass; without
+    sequence_parallel, under which it is split already."""
+    offload_saved_activations: bool = False
+    """With `full`: keep the inputs in (pinned) host memory."""
     eval_interval: NonNegative = 0
     """Steps between evaluations on the validation split; 0 evaluates at the end only."""
     eval_batches: Positive = 8

@@ -8,8 +8,9 @@ h hidden size, t tensor-parallel size, L layers, V vocabulary.
 
 from dataclasses import dataclass
 
-from megagpt.plan.config import ModelConfig
+from megagpt.plan.config import ModelConfig, TrainingConfig
 from megagpt.plan.deepspeed_config import Precision
+from megagpt.plan.recompute import layer_runs
 
 DTYPE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -50,13 +51,23 @@ def model_flops_per_step(model: ModelConfig, seq_length: int, global_batch_size:
     return 3 * (layers + head) * seq_length * global_batch_size
 
 
-def hardware_flops_per_step(model: ModelConfig, seq_length: int, global_batch_size: int, recompute: str) -> int:
-    """FLOPs that are executed in one step: full recomputation runs each layer's forward pass twice.
+def hardware_flops_per_step(
+    model: ModelConfig, seq_length: int, global_batch_size: int, training: TrainingConfig, recomputed_layers: int
+) -> int:
+    """FLOPs that are executed in one step: recomputed layers run their forward pass twice.
 
-    With `recompute="full"` this is arXiv 2104.04473, eq. 3: `96 B s L h^2 (1 + s/(6h) + V/(16 L h))`.
+    With every layer recomputed this is arXiv 2104.04473, eq. 3: `96 B s L h^2 (1 + s/(6h) + V/(16 L h))`. Selective
+    recomputation runs the attention core's forward pass (`4 B s^2 h L`) twice.
+
+    Args:
+        training: gives the granularity.
+        recomputed_layers: layers of the whole model that `full` recomputes.
     """
     layers, head = _forward_flops_per_token(model, seq_length)
-    return ((4 if recompute == "full" else 3) * layers + 3 * head) * seq_length * global_batch_size
+    again = layers * recomputed_layers // model.num_layers
+    if training.recompute_granularity == "selective":
+        again = model.num_layers * _attention_core_flops_per_token(model, seq_length)
+    return (3 * (layers + head) + again) * seq_length * global_batch_size
 
 
 def _forward_flops_per_token(model: ModelConfig, seq_length: int) -> tuple[int, int]:
@@ -66,8 +77,13 @@ def _forward_flops_per_token(model: ModelConfig, seq_length: int) -> tuple[int, 
     key_value = 2 * model.num_query_groups * model.kv_channels
     mlp = model.ffn_hidden_size * (3 if model.is_gated else 2)
     projections = 2 * hidden * (2 * query + key_value + mlp)
-    scores_and_values = 2 * 2 * seq_length * query
-    return model.num_layers * (projections + scores_and_values), 2 * hidden * model.vocab_size
+    attention = _attention_core_flops_per_token(model, seq_length)
+    return model.num_layers * (projections + attention), 2 * hidden * model.vocab_size
+
+
+def _attention_core_flops_per_token(model: ModelConfig, seq_length: int) -> int:
+    """FLOPs of scores and weighted values of one layer, forward, for one token."""
+    return 2 * 2 * seq_length * model.num_attention_heads * model.kv_channels
 
 
 def model_state_bytes(
@@ -129,24 +145,27 @@ def stage_activation_bytes(
     microbatch_size: int,
     tensor_parallel_size: int,
     sequence_parallel: bool,
-    recompute: str,
+    training: TrainingConfig,
     precision: Precision,
 ) -> int:
     """Bytes of activations on one rank of a pipeline stage at its peak.
 
-    Under 1F1B, stage p of P keeps `min(P - p, micro-batches)` micro-batches. With full recomputation each layer keeps
-    its input only (`2 s b h`, table 2), and one layer at a time is expanded. The head adds its fp32 logits
-    (`4 s b V / t`).
+    Under 1F1B, stage p of P keeps `min(P - p, micro-batches)` micro-batches. A recomputed run of layers keeps its
+    input only (`2 s b h`, table 2; less if that is split over tensor-parallel ranks or offloaded), and the longest run
+    is expanded once. Recomputing the attention core only keeps as much as a fused kernel does. The head adds its fp32
+    logits (`4 s b V / t`).
     """
     layer = layer_activation_bytes(
         model, seq_length, microbatch_size, tensor_parallel_size, sequence_parallel, precision
     )
     tokens = seq_length * microbatch_size
-    if recompute == "full":
-        layer_input = DTYPE_BYTES[precision] * tokens * model.hidden_size
-        if sequence_parallel:
-            layer_input //= tensor_parallel_size
-        kept = num_stage_layers * microbatches_in_flight * layer_input + layer
-    else:
-        kept = num_stage_layers * microbatches_in_flight * layer
-    return kept + (4 * tokens * padded_vocab_size // tensor_parallel_size if has_head else 0)
+    run_input = DTYPE_BYTES[precision] * tokens * model.hidden_size
+    if sequence_parallel or training.distribute_saved_activations:
+        run_input //= tensor_parallel_size
+    if training.offload_saved_activations:
+        run_input = 0
+    runs = layer_runs(training, num_stage_layers)
+    per_microbatch = sum(run_input if run.is_recomputed else run.num_layers * layer for run in runs)
+    expanded = max((run.num_layers * layer for run in runs if run.is_recomputed), default=0)
+    logits = 4 * tokens * padded_vocab_size // tensor_parallel_size if has_head else 0
+    return microbatches_in_flight * per_microbatch + expanded + logits

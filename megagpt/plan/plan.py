@@ -22,6 +22,7 @@ from megagpt.plan.layout import (
     stage_parameters_per_rank,
     transformer_layers_of_stage,
 )
+from megagpt.plan.recompute import recomputed_layers
 from megagpt.plan.rules import check_all
 
 NEVER = 1 << 60  # steps between DeepSpeed's own progress lines: ours replace them
@@ -157,7 +158,11 @@ def make_plan(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> Pl
         num_parameters=count_parameters(model),
         flops_per_step=model_flops_per_step(model, seq_length, batch.global_batch_size),
         hardware_flops_per_step=hardware_flops_per_step(
-            model, seq_length, batch.global_batch_size, run.training.recompute_granularity
+            model,
+            seq_length,
+            batch.global_batch_size,
+            run.training,
+            recomputed_layers(run.training, [len(transformer_layers_of_stage(bounds, p)) for p in range(pipeline)]),
         ),
         memory_per_stage=tuple(
             _estimate_memory(
@@ -201,7 +206,7 @@ def _estimate_memory(
         microbatch_size=batch.microbatch_size,
         tensor_parallel_size=tensor,
         sequence_parallel=parallel.sequence_parallel,
-        recompute=run.training.recompute_granularity,
+        training=run.training,
         precision=precision,
     )
     return MemoryEstimate(stage, weights, gradients, optimizer, activations)
@@ -227,6 +232,12 @@ def _notes(run: RunConfig, deepspeed: DeepSpeedConfig, batch: Batch) -> list[str
         notes.append(
             f"{count} for {stages} pipeline stages: each stage idles {bubble:.0%} of the time "
             "((p-1)/(m+p-1)); a larger train_batch_size or a smaller micro-batch shrinks the bubble"
+        )
+    training = run.training
+    if training.recompute_granularity == "selective" and not run.model.attention_dropout:
+        notes.append(
+            "training.recompute_granularity=selective saves next to nothing where attention runs in a fused kernel, "
+            "which keeps no sequence x sequence matrix; full saves most"
         )
     if run.model.attention_dropout > 0 or run.model.hidden_dropout > 0:
         notes.append("dropout is on: results depend on the layout through the random numbers of each rank")

@@ -112,12 +112,22 @@ def _run_lines(plan: Plan) -> list[str]:
     training = plan.run.training
     per_step, per_rank = plan.flops_per_step, plan.flops_per_step / plan.world_size
     recomputed = plan.hardware_flops_per_step / plan.flops_per_step
-    recompute = f"; executed: {recomputed:.2f} x as many (layers recomputed)" if recomputed > 1 else ""
+    recompute = f"; executed: {recomputed:.2f} x as many ({_recomputation(plan)})" if recomputed > 1 else ""
     return [
         f"{training.steps:,} steps, {short_count(training.steps * plan.tokens_per_step)} tokens, "
         f"{training.steps * per_step:.3g} FLOPs",
         f"{per_step:.3g} FLOPs per step, {per_rank:.3g} per rank{recompute}",
     ]
+
+
+def _recomputation(plan: Plan) -> str:
+    training = plan.run.training
+    if training.recompute_granularity == "selective":
+        return "attention cores recomputed"
+    if training.recompute_method == "block":
+        return f"first {training.recompute_num_layers} layers of each stage recomputed"
+    segments = f" in segments of {training.recompute_num_layers}" if training.recompute_num_layers > 1 else ""
+    return f"layers recomputed{segments}"
 
 
 def _memory_table(plan: Plan) -> list[str]:

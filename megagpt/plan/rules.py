@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 from megagpt.plan.config import ModelConfig, RunConfig
 from megagpt.plan.deepspeed_config import DeepSpeedConfig
-from megagpt.plan.wording import or_list
+from megagpt.plan.recompute import FULL_ONLY_KEYS
+from megagpt.plan.wording import or_list, shown
 
 
 def check_all(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> list[str]:
@@ -20,6 +21,7 @@ def check_all(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> li
         *check_tensor_parallel(run),
         *check_pipeline(run, deepspeed),
         *check_sequence(run),
+        *check_recompute(run),
         *check_schedule(run),
         *check_data_and_outputs(run),
         *check_deepspeed(run, deepspeed),
@@ -115,6 +117,35 @@ def check_sequence(run: RunConfig) -> list[str]:
         problems.append(
             f"training.seq_length={length} is not divisible by parallel.tensor_model_parallel_size={tensor}, which "
             f"parallel.sequence_parallel=true needs; use {or_list(x for x in (below, below + tensor) if x > 0)}"
+        )
+    return problems
+
+
+def check_recompute(run: RunConfig) -> list[str]:
+    """What refines full recomputation needs it; splitting kept inputs over TP ranks needs TP ranks that hold copies."""
+    problems = []
+    training, tensor = run.training, run.parallel.tensor_model_parallel_size
+    defaults = type(training).model_fields
+    for key in FULL_ONLY_KEYS:
+        value = getattr(training, key)
+        if training.recompute_granularity != "full" and value != defaults[key].default:
+            problems.append(
+                f"training.{key}={shown(value)} refines full recomputation, but training.recompute_granularity="
+                f"{training.recompute_granularity}; set that to full, or remove {key}"
+            )
+    if not training.distribute_saved_activations:
+        return problems
+    if tensor == 1 or run.parallel.sequence_parallel:
+        reason = "there is one" if tensor == 1 else "parallel.sequence_parallel=true splits them already"
+        problems.append(
+            "training.distribute_saved_activations=true splits activations that tensor-parallel ranks hold copies of, "
+            f"but {reason}; set it to false"
+        )
+    elif run.model.hidden_size % tensor:
+        problems.append(
+            f"training.distribute_saved_activations=true needs model.hidden_size={run.model.hidden_size} to be "
+            f"divisible by parallel.tensor_model_parallel_size={tensor}; set it to false, or use "
+            f"tensor_model_parallel_size {or_list(divisors(run.model.hidden_size))}"
         )
     return problems
 

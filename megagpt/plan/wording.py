@@ -34,6 +34,11 @@ def or_list(values: Iterable[object]) -> str:
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"
 
 
+def shown(value: object) -> str:
+    """A value as YAML writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def suggestion(key: str, known: Sequence[str]) -> str:
     """Say which known key was probably meant, or list all of them."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)

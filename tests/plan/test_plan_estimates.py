@@ -3,6 +3,7 @@
 import pytest
 
 from megagpt.plan import deepspeed_config_from_dict, make_plan, run_config_from_dict
+from megagpt.plan.config import TrainingConfig
 from megagpt.plan.estimates import (
     hardware_flops_per_step,
     layer_activation_bytes,
@@ -19,6 +20,10 @@ def megatron_model(**keys):
     return run_config_from_dict(tree).model
 
 
+def recompute(granularity, **keys):
+    return TrainingConfig(steps=1, seq_length=S, recompute_granularity=granularity, **keys)
+
+
 def test_model_flops_are_those_of_arxiv_2205_05198():
     published = 72 * B * L * S * H**2 * (1 + S / (6 * H) + V / (12 * H * L))
     assert model_flops_per_step(megatron_model(), S, B) == pytest.approx(published, rel=1e-12)
@@ -26,8 +31,19 @@ def test_model_flops_are_those_of_arxiv_2205_05198():
 
 def test_hardware_flops_are_those_of_arxiv_2104_04473():
     published = 96 * B * S * L * H**2 * (1 + S / (6 * H) + V / (16 * L * H))
-    assert hardware_flops_per_step(megatron_model(), S, B, "full") == pytest.approx(published, rel=1e-12)
-    assert hardware_flops_per_step(megatron_model(), S, B, "none") == model_flops_per_step(megatron_model(), S, B)
+    model = megatron_model()
+    assert hardware_flops_per_step(model, S, B, recompute("full"), L) == pytest.approx(published, rel=1e-12)
+    kept = model_flops_per_step(model, S, B)
+    assert hardware_flops_per_step(model, S, B, recompute("none"), 0) == kept
+    half = hardware_flops_per_step(model, S, B, recompute("full", recompute_method="block"), L // 2)
+    assert half == pytest.approx((kept + published) / 2, rel=1e-12)
+
+
+def test_selective_recomputation_runs_the_attention_core_once_more():
+    model = megatron_model()
+    attention = 4 * B * S * S * H * L
+    kept = model_flops_per_step(model, S, B)
+    assert hardware_flops_per_step(model, S, B, recompute("selective"), 0) == kept + attention
 
 
 def test_grouped_queries_and_gates_change_flops_as_their_matrices_do():
@@ -75,12 +91,21 @@ def test_recomputation_keeps_the_inputs_of_layers_and_one_whole_layer():
         "precision": "bf16",
     }
     sbh = S * 4 * H
-    assert stage_activation_bytes(model, recompute="full", **sizes) == 6 * 3 * 2 * sbh + 22 * sbh
-    assert stage_activation_bytes(model, recompute="none", **sizes) == 6 * 3 * 22 * sbh
-    with_head = stage_activation_bytes(model, recompute="none", **{**sizes, "has_head": True})
+    assert stage_activation_bytes(model, training=recompute("full"), **sizes) == 6 * 3 * 2 * sbh + 22 * sbh
+    assert stage_activation_bytes(model, training=recompute("none"), **sizes) == 6 * 3 * 22 * sbh
+    with_head = stage_activation_bytes(model, training=recompute("none"), **{**sizes, "has_head": True})
     assert with_head == 6 * 3 * 22 * sbh + 4 * S * 4 * V // 2
-    split = stage_activation_bytes(model, recompute="full", **{**sizes, "sequence_parallel": True})
+    split = stage_activation_bytes(model, training=recompute("full"), **{**sizes, "sequence_parallel": True})
     assert split == 6 * 3 * sbh + 17 * sbh
+
+    def kept(**keys):
+        return stage_activation_bytes(model, training=recompute("full", **keys), **sizes)
+
+    assert kept(recompute_num_layers=4) == 2 * 3 * 2 * sbh + 4 * 22 * sbh
+    assert kept(recompute_num_layers=9) == 3 * 2 * sbh + 6 * 22 * sbh
+    assert kept(recompute_method="block", recompute_num_layers=2) == 3 * (2 * 2 + 4 * 22) * sbh + 22 * sbh
+    assert kept(distribute_saved_activations=True) == 6 * 3 * sbh + 22 * sbh
+    assert kept(offload_saved_activations=True) == 22 * sbh
 
 
 # BigScience's layout search (Megatron + DeepSpeed, ZeRO 1, 384 A100-80G, full recomputation): DP/TP/PP, micro-batch, GB

@@ -14,6 +14,7 @@ MODEL = {
     "vocab_size": 100,
     "max_position_embeddings": 64,
 }
+DISTRIBUTED = {"recompute_granularity": "full", "distribute_saved_activations": True}
 BF16 = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 8, "bf16": {"enabled": True}}
 
 
@@ -53,6 +54,32 @@ def parallel(tensor=1, pipeline=1, sequence=False):
         ({"parallel": parallel(2, 2)}, {}, 2, "start 4 ranks"),
         ({}, {}, 0, "world size 0"),
         ({"model": {"num_query_groups": 5}}, {}, 1, "use num_query_groups 1, 2, 3, 4, 6 or 12"),
+        (
+            {"training": {"recompute_num_layers": 2}},
+            {},
+            1,
+            "training.recompute_num_layers=2 refines full recomputation, but training.recompute_granularity=none",
+        ),
+        (
+            {"training": {"recompute_granularity": "selective", "offload_saved_activations": True}},
+            {},
+            1,
+            "training.offload_saved_activations=true refines full recomputation, but training.recompute_granularity="
+            "selective; set that to full, or remove offload_saved_activations",
+        ),
+        ({"training": DISTRIBUTED}, {}, 1, "hold copies of, but there is one; set it to false"),
+        (
+            {"training": DISTRIBUTED, "parallel": parallel(2, sequence=True)},
+            {},
+            2,
+            "splits them already; set it to false",
+        ),
+        (
+            {"training": DISTRIBUTED, "parallel": parallel(2), "model": {"hidden_size": 95, "kv_channels": 8}},
+            {},
+            2,
+            "needs model.hidden_size=95 to be divisible by parallel.tensor_model_parallel_size=2; set it to false",
+        ),
         ({"model": {"kv_channels": 7}}, {}, 1, "gives 7 rotated channels"),
         ({"model": {"rotary_percent": 0.1}}, {}, 1, "gives 0 rotated channels"),
         (
