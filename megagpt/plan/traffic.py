@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from megagpt.plan.estimates import DTYPE_BYTES
 from megagpt.plan.layout import stage_parameters_per_rank
 from megagpt.plan.plan import Plan
+from megagpt.plan.recompute import layer_runs
 
 
 def _once(ranks: int) -> float:
@@ -90,17 +91,20 @@ def _tensor_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
         return Transfer(purpose, "tensor", collective, size, count * passes * sbh)
 
     layers = len(plan.transformer_layers_of_stage(stage))
-    forwards = 2 if plan.run.training.recompute_granularity == "full" else 1
+    runs = layer_runs(plan.run.training, layers)
+    forwards = layers + sum(run.num_layers for run in runs if run.is_recomputed)
+    if plan.run.training.distribute_saved_activations:
+        yield transfer("saved activations", "all_gather", sum(run.is_recomputed for run in runs))
     if sequence:
         # Attention and MLP each gather their input and scatter the sum of their output; backward the other way round,
         # and Megatron-Core keeps only its part of the input, so it gathers that again for the weight's gradient.
-        yield transfer("layers", "all_gather", layers * (2 * forwards + 4))
-        yield transfer("layers", "reduce_scatter", layers * (2 * forwards + 2))
+        yield transfer("layers", "all_gather", 2 * forwards + 4 * layers)
+        yield transfer("layers", "reduce_scatter", 2 * forwards + 2 * layers)
         yield transfer("head", "all_gather", 2 * last)
         yield transfer("head", "reduce_scatter", 1 * last)
         yield from _sequence_parallel_gradients(plan, layers, last)
     else:
-        yield transfer("layers", "all_reduce", layers * (2 * forwards + 2))
+        yield transfer("layers", "all_reduce", 2 * forwards + 2 * layers)
         yield transfer("head", "all_reduce", 1 * last)
     if first:
         # Learned positions are added before the sequence is split, so that the words' sum is needed in whole.

@@ -175,11 +175,14 @@ def test_zero_moves_its_multiple_of_the_parameters(measured, stage, keys, share,
         assert gathered.ring_bytes * 2 == pytest.approx(weights * (2 * passes if stage == 3 else 1), rel=0.01)
 
 
+FULL = {"recompute_granularity": "full"}
 LAYOUTS = [
     {"tp": 2},
     {"tp": 2, "sp": True},
     {"pp": 3},
-    {"tp": 2, "pp": 2, "recompute": "full"},
+    {"tp": 2, "pp": 2, "recompute": FULL},
+    {"tp": 2, "recompute": {**FULL, "recompute_num_layers": 3, "distribute_saved_activations": True}},
+    {"tp": 2, "sp": True, "recompute": {**FULL, "recompute_method": "block"}},
     {"pp": 2, "dp": 2, "precision": "bf16"},
     {"model": "gpt2", "tp": 2, "pp": 2, "precision": "bf16"},
     {"model": "gpt2", "tp": 2, "pp": 2, "sp": True},
