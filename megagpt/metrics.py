@@ -10,7 +10,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
@@ -25,8 +25,20 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from torch.utils.tensorboard import SummaryWriter
 
+MAX_SKIPPED_IN_A_ROW = 50
+"""fp16 halves its scale at each skipped update: from the largest one it reaches the smallest before this many."""
+
 METRICS_FILE = "metrics.jsonl"
 PREVIOUS_METRICS_FILE = "metrics.previous.jsonl"
+
+
+class _Record(NamedTuple):
+    step: int
+    learning_rate: float
+    loss: Tensor
+    grad_norm: Tensor
+    loss_scale: float | None
+    skipped: bool
 
 
 class Meter:
@@ -44,7 +56,8 @@ class Meter:
 
     def __init__(self, plan: Plan, console: Console, first_step: int):
         self.plan, self.console = plan, console
-        self._pending: list[tuple[int, float, Tensor, Tensor]] = []
+        self._pending: list[_Record] = []
+        self._skipped_in_a_row = 0
         self._last_report = self._run_started = time.monotonic()
         self._first_step = self._step = first_step
         self._paused = 0.0
@@ -60,17 +73,28 @@ class Meter:
             self._writer = _tensorboard(folder, first_step)
         self._bar = _progress_bar(plan, first_step) if console.is_writer and _on_terminal() else None
 
-    def record(self, step: int, learning_rate: float, loss: Tensor, grad_norm: Tensor | float | None) -> None:
-        """Note an update; nothing is fetched from the device.
+    def record(
+        self,
+        step: int,
+        learning_rate: float,
+        loss: Tensor,
+        grad_norm: Tensor | float | None,
+        loss_scale: float | None = None,
+        skipped: bool = False,
+    ) -> None:
+        """Note a step; nothing is fetched from the device.
 
         Args:
-            step: updates done, this one included.
-            learning_rate: of this update.
+            step: steps done, this one included.
+            learning_rate: of this step's update.
             loss: mean loss per token, on the device.
             grad_norm: norm of the gradient before clipping, on the device.
+            loss_scale: fp16 only: factor of the loss in the backward pass.
+            skipped: fp16 only: a gradient overflowed, so the weights were left as they are.
         """
         assert grad_norm is not None, "DeepSpeed's optimizers give a norm after each update"
-        self._pending.append((step, learning_rate, loss.detach(), torch.as_tensor(grad_norm).detach()))
+        norm = torch.as_tensor(grad_norm).detach()
+        self._pending.append(_Record(step, learning_rate, loss.detach(), norm, loss_scale, skipped))
         self._step = step
         if self._bar is not None:
             self._bar[0].update(self._bar[1], completed=step)
@@ -79,29 +103,35 @@ class Meter:
         """Fetch, print and write what has been recorded since the last report: the one wait for the device.
 
         Raises:
-            TrainingError: a loss or a norm is not finite; on all ranks, as all have the same values.
+            TrainingError: a loss is not finite, a norm is not finite although the update was made, or fp16 has skipped
+                too many updates in a row; on all ranks, as all have the same values.
         """
         if not self._pending:
             return
-        device = self._pending[-1][2].device
-        pairs = [torch.stack((loss.to(device).float(), norm.to(device).float())) for *_, loss, norm in self._pending]
+        records, self._pending = self._pending, []
+        device = records[-1].loss.device
+        pairs = [torch.stack([value.to(device).float() for value in (r.loss, r.grad_norm)]) for r in records]
         values = torch.stack(pairs).tolist()
         now = time.monotonic()
         seconds = max(now - self._last_report - self._paused, 1e-9)
-        tokens_per_second = len(self._pending) * self.plan.tokens_per_step / seconds
+        tokens_per_second = len(records) * self.plan.tokens_per_step / seconds
         self._last_report, self._paused = now, 0.0
         common = {"tokens_per_second": tokens_per_second, "memory_gb": memory_gb()}
-        for (step, learning_rate, *_), (loss, norm) in zip(self._pending, values, strict=True):
-            figures = {"loss": loss, "learning_rate": learning_rate, "grad_norm": norm}
-            self._write(step, "train", figures | (common if step == self._step else {}))
-        self._pending.clear()
+        for record, (loss, norm) in zip(records, values, strict=True):
+            figures = {"loss": loss, "learning_rate": record.learning_rate, "grad_norm": norm}
+            if record.loss_scale is not None:
+                figures |= {"loss_scale": record.loss_scale, "skipped": int(record.skipped)}
+            self._write(record.step, "train", figures | (common if record.step == self._step else {}))
         self.latest["train_loss"] = values[-1][0]
         seconds_per_step = (now - self._run_started) / max(self._step - self._first_step, 1)
         left = (self.plan.run.training.steps - self._step) * seconds_per_step
-        self._show(values[-1][0], learning_rate, values[-1][1], tokens_per_second, common["memory_gb"], left)
-        for step, (loss, norm) in zip(range(self._step - len(values) + 1, self._step + 1), values, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise TrainingError(_divergence(self.plan, step, loss, norm))
+        self._show(records, values[-1][0], values[-1][1], tokens_per_second, common["memory_gb"], left)
+        for record, (loss, norm) in zip(records, values, strict=True):
+            if not (math.isfinite(loss) and (math.isfinite(norm) or record.skipped)):
+                raise TrainingError(_divergence(self.plan, record.step, loss, norm))
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if record.skipped else 0
+            if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise TrainingError(_only_overflows(self.plan, record.step, record.loss_scale))
 
     def report_eval(self, split: str, loss: float, step: int) -> None:
         """Print and write the loss on held-out text.
@@ -148,11 +178,14 @@ class Meter:
         if self._writer is not None:
             self._writer.close()
 
-    def _show(self, loss: float, rate: float, norm: float, speed: float, memory: float, left: float) -> None:
-        figures = f"loss {loss:.4f}  lr {rate:.2e}"
+    def _show(self, records: list[_Record], loss: float, norm: float, speed: float, memory: float, left: float) -> None:
+        figures = f"loss {loss:.4f}  lr {records[-1].learning_rate:.2e}"
         if self._bar is not None:  # with the bar and the time left, that is what 80 columns hold
             self._bar[0].update(self._bar[1], figures=f"{figures}  {speed:,.0f} tokens/s")
             return
+        if records[-1].loss_scale is not None:
+            skipped = sum(record.skipped for record in records)
+            figures += f"  loss scale {records[-1].loss_scale:,.0f}" + (f" ({skipped} skipped)" if skipped else "")
         figures += f"  grad norm {norm:.3f}  {speed:,.0f} tokens/s  {memory:.2f} GB"
         self.console.say(f"{self.at(self._step)}  {figures}  {timedelta(seconds=round(left))} left")
 
@@ -204,10 +237,21 @@ def _keep_records_until(path: Path, step: int) -> None:
 def _divergence(plan: Plan, step: int, loss: float, norm: float) -> str:
     directory = plan.run.checkpoint.directory
     saved = f"; the checkpoints in {directory} are from before" if directory else ""
+    fp16 = ", bf16 instead of fp16 (which ends at 65,504)" if plan.precision == "fp16" else ""
     return (
         f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: training has diverged; use a lower optimizer.lr "
-        f"(now {plan.run.optimizer.lr:g}), more optimizer.warmup_steps (now {plan.run.optimizer.warmup_steps}) or a "
-        f"smaller gradient_clipping (now {plan.gradient_clipping:g}){saved}"
+        f"(now {plan.run.optimizer.lr:g}), more optimizer.warmup_steps (now {plan.run.optimizer.warmup_steps}){fp16} "
+        f"or a smaller gradient_clipping (now {plan.gradient_clipping:g}){saved}"
+    )
+
+
+def _only_overflows(plan: Plan, step: int, loss_scale: float | None) -> str:
+    scaling = (
+        "fp16.initial_scale_power or fp16.min_loss_scale" if plan.deepspeed.loss_scale_is_dynamic else "fp16.loss_scale"
+    )
+    return (
+        f"step {step}: the gradients of the last {MAX_SKIPPED_IN_A_ROW} steps overflowed in fp16, with a loss scale of "
+        f"{loss_scale:g} now, so no weight was updated; use bf16, or a smaller {scaling}"
     )
 
 

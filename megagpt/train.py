@@ -212,8 +212,8 @@ def train(
         while state.step < total_steps:
             rate = learning_rate(state.step, plan)
             result = engine.train_step(batches, rate)
-            state = state.advance(samples=plan.global_batch_size)
-            meter.record(state.step, rate, result.loss, result.grad_norm)
+            state = state.advance(samples=plan.global_batch_size, skipped=result.skipped)
+            meter.record(state.step, rate, result.loss, result.grad_norm, result.loss_scale, result.skipped)
             is_last = state.step == total_steps
             evaluates = is_last or due(state.step, run.training.eval_interval)
             saves = is_last or due(state.step, run.checkpoint.save_interval)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pty
+import re
 import sys
 
 import pytest
@@ -131,6 +132,56 @@ def test_what_is_not_finite_ends_the_run_after_it_is_written(folder, loss, norm)
     assert "NaN" not in text
     assert "Infinity" not in text
     assert len(lines(folder)) == 3
+
+
+def fp16_meter_in(folder, **fp16) -> Meter:
+    return meter_in(folder, precision="fp16", deepspeed={"fp16": fp16})
+
+
+def test_steps_that_fp16_skips_are_written_and_counted(folder, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loss = torch.tensor(3.0)
+    with contextlib.closing(fp16_meter_in(folder)) as meter:
+        meter.record(1, 1e-3, loss, math.inf, loss_scale=65536.0, skipped=True)
+        meter.record(2, 1e-3, loss, 0.5, loss_scale=32768.0)
+        meter.report()
+        meter.record(3, 1e-3, loss, 0.5, loss_scale=32768.0)
+        meter.report()
+    first, second = capsys.readouterr().out.splitlines()
+    assert "  loss scale 32,768 (1 skipped)  grad norm 0.500  " in first
+    assert "  loss scale 32,768  grad norm 0.500  " in second
+    assert [(r["loss_scale"], r["skipped"], r["grad_norm"]) for r in lines(folder)] == [
+        (65536.0, 1, None),
+        (32768.0, 0, 0.5),
+        (32768.0, 0, 0.5),
+    ]
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [scalar.value for scalar in events.Scalars("train/loss_scale")] == [65536.0, 32768.0, 32768.0]
+    assert [scalar.value for scalar in events.Scalars("train/skipped")] == [1.0, 0.0, 0.0]
+
+
+def test_a_loss_that_is_no_number_ends_an_fp16_run_too(folder):
+    with contextlib.closing(fp16_meter_in(folder)) as meter:
+        meter.record(1, 1e-3, torch.tensor(math.nan), math.inf, loss_scale=1.0, skipped=True)
+        with pytest.raises(TrainingError, match=r"step 1: loss nan.*bf16 instead of fp16"):
+            meter.report()
+
+
+@pytest.mark.parametrize(("fp16", "key"), [({}, "fp16.initial_scale_power"), ({"loss_scale": 64}, "fp16.loss_scale")])
+def test_an_fp16_run_that_only_overflows_ends(folder, fp16, key):
+    def skip(first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            meter.record(step, 1e-3, torch.tensor(3.0), math.inf, loss_scale=64.0, skipped=True)
+        meter.report()
+
+    with contextlib.closing(fp16_meter_in(folder, **fp16)) as meter:
+        skip(1, 49)
+        meter.record(50, 1e-3, torch.tensor(3.0), 0.5, loss_scale=64.0)
+        skip(51, 99)
+        with pytest.raises(TrainingError, match=rf"step 100: .*last 50 steps overflowed.*a smaller {re.escape(key)}"):
+            skip(100, 101)
 
 
 def test_a_held_out_loss_that_is_not_finite_never_reaches_a_checkpoint(folder):

@@ -44,8 +44,10 @@ def tiny_plan(
     dropout: float = 0.0,
     recompute: dict | None = None,
     sections: dict | None = None,
+    deepspeed: dict | None = None,
 ) -> Plan:
-    """The Plan of a tiny model; `recompute` holds keys of `training`, `sections` are merged into the run config."""
+    """The Plan of a tiny model; `recompute` holds keys of `training`, `sections` are merged into the run config and
+    `deepspeed` into the DeepSpeed config."""
     tree: dict = {
         "model": {
             **MODELS[model],
@@ -64,15 +66,17 @@ def tiny_plan(
     }
     for name, section in (sections or {}).items():
         tree[name] = {**tree.get(name, {}), **section}
-    deepspeed: dict = {
+    config: dict = {
         "train_batch_size": GLOBAL_BATCH,
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_clipping": 0.5,
         "zero_optimization": {"stage": zero},
     }
-    if precision == "bf16":
-        deepspeed |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    return make_plan(run_config_from_dict(tree), deepspeed_config_from_dict(deepspeed), tp * pp * dp)
+    if precision != "fp32":
+        config |= {precision: {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    for name, section in (deepspeed or {}).items():
+        config[name] = {**config.get(name, {}), **section} if isinstance(section, dict) else section
+    return make_plan(run_config_from_dict(tree), deepspeed_config_from_dict(config), tp * pp * dp)
 
 
 def micro_batch(step: int, first: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:

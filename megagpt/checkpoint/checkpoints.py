@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from megagpt.checkpoint.manifest import (
     FORMAT,
     PROBE,
     File,
+    LossScale,
     Manifest,
     Parameter,
     Piece,
@@ -49,13 +50,15 @@ class TrainState:
     """How far a run has come."""
 
     step: int = 0
-    """Updates done."""
+    """Steps done: global batches consumed."""
     samples: int = 0
     """Training samples consumed."""
+    updates: int = 0
+    """Updates that the optimizer has made: steps that fp16 did not skip, since the optimizer last started afresh."""
 
-    def advance(self, samples: int) -> "TrainState":
-        """The state after one more update on `samples` samples."""
-        return replace(self, step=self.step + 1, samples=self.samples + samples)
+    def advance(self, samples: int, skipped: bool = False) -> "TrainState":
+        """The state after one more step on `samples` samples."""
+        return TrainState(self.step + 1, self.samples + samples, self.updates + (not skipped))
 
 
 def finished_step(plan: Plan) -> int | None:
@@ -87,6 +90,8 @@ class TrainedModel(Protocol):
     def load_weight(self, name: str, shard: Tensor) -> None: ...
     def shard_shape(self, name: str) -> tuple[int, ...]: ...
     def logits(self, tokens_BS: Tensor, rows: int, positions: int) -> Tensor | None: ...
+    def loss_scale_state(self) -> dict[str, float] | None: ...
+    def set_loss_scale_state(self, state: dict[str, float]) -> None: ...
 
 
 class Checkpoints:
@@ -180,12 +185,15 @@ class Checkpoints:
             files.update(rank_files)
             for name, (shape, parts) in rank_pieces.items():
                 parameters.setdefault(name, (shape, []))[1].extend(parts)
+        loss_scale = self.engine.loss_scale_state()
         return Manifest(
             format=FORMAT,
             megagpt=__version__,
             versions={name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
             step=state.step,
             samples=state.samples,
+            updates=state.updates,
+            loss_scale=LossScale.model_validate(loss_scale) if loss_scale else None,
             run=self.plan.run.model_dump(mode="json"),
             deepspeed=dict(self.plan.deepspeed.raw),
             world_size=self.plan.world_size,
@@ -245,7 +253,8 @@ class Checkpoints:
             require_same_model(reader, self.plan)
             self._load_together(reader)
             self._set_aside(damaged)
-            state = TrainState(step=reader.manifest.step, samples=reader.manifest.samples)
+            updates = reader.manifest.updates_done if self._has_moments(reader) else 0
+            state = TrainState(reader.manifest.step, reader.manifest.samples, updates)
             self.console.say(f"resumed from {folder} (step {state.step})")
             return state
         if damaged:
@@ -287,6 +296,9 @@ class Checkpoints:
             self.console.warn(f"{problem}; this checkpoint is skipped and the next older one is tried")
         return None if found else reader
 
+    def _has_moments(self, reader: CheckpointReader) -> bool:
+        return set(self._moments) <= set(reader.manifest.moments)
+
     def _load(self, reader: CheckpointReader) -> None:
         manifest, plan, ranks = reader.manifest, self.plan, self.ranks
 
@@ -294,7 +306,7 @@ class Checkpoints:
             return reader.shard(name, kind, ranks.tensor_rank, ranks.tensor_size, plan.padded_vocab_size)
 
         fragments = {fragment.name: fragment for fragment in self.engine.fragments()}
-        same_optimizer = set(self._moments) <= set(manifest.moments)
+        same_optimizer = self._has_moments(reader)
         if not same_optimizer:
             self.console.warn(f"{reader.folder} has no {', '.join(self._moments)}: the optimizer starts afresh")
         with torch.no_grad():
@@ -307,9 +319,11 @@ class Checkpoints:
                 part = slice(fragment.start, fragment.stop)
                 fragment.master.copy_(shard.flatten()[part])
                 if same_optimizer:
-                    fragment.prepare_state(manifest.step, self._moments)
+                    fragment.prepare_state(manifest.updates_done, self._moments)
                     for key in self._moments:
                         fragment.moment(key).copy_(read(name, key).flatten()[part])
+        if manifest.loss_scale is not None:
+            self.engine.set_loss_scale_state(manifest.loss_scale.model_dump())
         layout = (manifest.world_size, manifest.tensor_parallel_size, manifest.pipeline_parallel_size)
         if layout == (plan.world_size, plan.tensor_parallel_size, plan.pipeline_parallel_size):
             set_rng_state(reader.rng(ranks.rank))

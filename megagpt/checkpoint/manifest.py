@@ -54,6 +54,19 @@ class Parameter(_Record):
     pieces: tuple[Piece, ...]
 
 
+class LossScale(_Record):
+    """Where fp16's dynamic loss scaling stood."""
+
+    scale: float = Field(gt=0)
+    """Factor of the loss in the next step."""
+    steps: int = Field(ge=0)
+    """Steps that the scaler has seen."""
+    last_overflow: int = Field(ge=-1)
+    """The last of those steps whose gradients overflowed; -1 if there is none."""
+    hysteresis: int = Field(ge=1)
+    """Overflows to come until the scale is halved."""
+
+
 class Manifest(_Record):
     """Everything about a checkpoint but the tensors."""
 
@@ -61,9 +74,13 @@ class Manifest(_Record):
     megagpt: str
     versions: dict[str, str]
     step: int = Field(ge=0)
-    """Updates done."""
+    """Steps done."""
     samples: int = Field(ge=0)
     """Training samples consumed."""
+    updates: int | None = Field(default=None, ge=0)
+    """Updates that the optimizer had made; None: as many as steps."""
+    loss_scale: LossScale | None = None
+    """Only with fp16 and a dynamic scale."""
     run: dict[str, Any]
     """The run config."""
     deepspeed: dict[str, Any]
@@ -78,6 +95,11 @@ class Manifest(_Record):
     files: dict[str, File]
     metrics: dict[str, float]
     """Last known losses."""
+
+    @property
+    def updates_done(self) -> int:
+        """Updates that the optimizer had made."""
+        return self.step if self.updates is None else self.updates
 
 
 def read_manifest(folder: Path) -> Manifest:

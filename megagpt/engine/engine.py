@@ -16,6 +16,7 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 
 from megagpt.engine.fragments import Fragment, local_fragments
+from megagpt.engine.loss_scale import own_loss_scaler
 from megagpt.model import (
     GPT,
     PipelineLayer,
@@ -40,7 +41,11 @@ class StepResult:
     loss: Tensor
     """Mean loss per token of the global batch before the update."""
     grad_norm: Tensor | float | None
-    """2-norm of the global gradient before clipping."""
+    """2-norm of the global gradient before clipping; inf if the update was skipped."""
+    loss_scale: float | None = None
+    """Factor of the loss in this step's backward pass; None unless fp16."""
+    skipped: bool = False
+    """fp16 only: a gradient overflowed on some rank, so no rank updated its weights."""
 
 
 class Engine:
@@ -60,6 +65,7 @@ class Engine:
         """This rank's parameters by canonical name."""
         self._module, self._optimizer, self._wrapped = module, optimizer, wrapped
         self._is_pipeline = isinstance(module, PipelineModule)
+        self._loss_scaler = own_loss_scaler(wrapped.optimizer)
 
     def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:
         """Take one global batch from `batches` and update the weights.
@@ -70,8 +76,13 @@ class Engine:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+        zero, is_fp16 = self._wrapped.optimizer, self.plan.precision == "fp16"
+        loss_scale = float(zero.loss_scale) if is_fp16 else None
         loss = self._wrapped.train_batch(batches) if self._is_pipeline else self._accumulate(batches)
-        return StepResult(loss, self._wrapped.get_global_grad_norm())
+        norm = self._wrapped.get_global_grad_norm()
+        if self._loss_scaler is not None:
+            self._loss_scaler.end_step()
+        return StepResult(loss, norm, loss_scale, skipped=is_fp16 and bool(zero.overflow))
 
     def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
         self._wrapped.train()
@@ -131,6 +142,15 @@ class Engine:
     def fragments(self) -> list[Fragment]:
         """The parts of the fp32 master weights and moments that this rank owns."""
         return local_fragments(self.parameters.items(), self._wrapped.optimizer, self.ranks.data_rank)
+
+    def loss_scale_state(self) -> dict[str, float] | None:
+        """Where dynamic loss scaling stands, the same on all ranks; None without it."""
+        return None if self._loss_scaler is None else self._loss_scaler.state()
+
+    def set_loss_scale_state(self, state: dict[str, float]) -> None:
+        """Go on from what `loss_scale_state` returned; nothing without dynamic loss scaling."""
+        if self._loss_scaler is not None:
+            self._loss_scaler.set_state(state)
 
     @torch.no_grad()
     def load_weight(self, name: str, shard: Tensor) -> None:
@@ -206,8 +226,29 @@ def sum_sequence_parallel_gradients(module: nn.Module, ranks: Ranks) -> None:
             parameter.register_hook(all_reduce)
 
 
+@dataclass(frozen=True)
+class _TiedGradient:
+    """A tied weight as the pipeline engine looks at it when it sums its gradient over the stages that hold it."""
+
+    weight: Any
+
+    @property
+    def grad(self) -> Tensor | None:
+        accumulated: Tensor | None = getattr(self.weight, "grad_accum", None)
+        return self.weight.grad if accumulated is None else accumulated
+
+    @property
+    def _hp_grad(self) -> Tensor | None:
+        return self.weight._hp_grad
+
+
 class _PlannedPipeline(PipelineModule):
-    """PipelineModule with the Plan's stage bounds in place of DeepSpeed's own partitioning."""
+    """PipelineModule with the Plan's stage bounds in place of DeepSpeed's own partitioning, and with tied gradients
+    where ZeRO 1 keeps them: if it accumulates in another type than the weights', `weight.grad` is None, and the engine
+    would silently sum nothing."""
+
+    def get_tied_weights_and_groups(self) -> list[tuple[_TiedGradient, Any]]:
+        return [(_TiedGradient(weight), group) for weight, group in super().get_tied_weights_and_groups()]
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = [int(bound) for bound in method.split(",")]

@@ -29,7 +29,8 @@ def support_hosts_without_cuda() -> None:
 
 
 def prepare_deepspeed() -> None:
-    """Import DeepSpeed, for the CPU if there is no CUDA device, and without its shared-memory all-reduce for CPU ranks.
+    """Import DeepSpeed as megagpt runs it: for the CPU, fp16 included, where there is no CUDA device, and without its
+    shared-memory all-reduce for CPU ranks.
 
     That one needs a compiler at run time, and leaves a 69 MB file per rank in /dev/shm behind when a rank is killed,
     which after some hundred runs fills the machine's memory. Plain gloo gives the same sums.
@@ -39,3 +40,13 @@ def prepare_deepspeed() -> None:
     # `deepspeed.comm.torch` as an attribute is torch itself: deepspeed.comm star-imports a module that imports torch.
     backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None
+    if not torch.cuda.is_available():
+        _allow_fp16_on_cpu()
+
+
+def _allow_fp16_on_cpu() -> None:
+    """Let DeepSpeed run fp16 on any CPU: it asks for oneDNN's fast kernels, but torch computes without them, slower."""
+    accelerator: Any = importlib.import_module("deepspeed.accelerator")
+    kind = type(accelerator.get_accelerator())
+    kind.is_fp16_supported = lambda self: True
+    kind.supported_dtypes = lambda self: [torch.float32, torch.bfloat16, torch.float16]

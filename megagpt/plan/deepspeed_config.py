@@ -18,6 +18,20 @@ Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = ("fp32", "bf16", "fp16")
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 DEFAULT_GRADIENT_CLIPPING = 1.0  # deepspeed/runtime/constants.py: GRADIENT_CLIPPING_DEFAULT
+DEFAULT_INITIAL_SCALE_POWER = 16  # deepspeed/runtime/precision_config.py: DeepSpeedFP16Config
+FP16_RANGES = {
+    "initial_scale_power": (0, 32),
+    "loss_scale_window": (1, None),
+    "hysteresis": (1, 16),
+    "min_loss_scale": (1, None),
+}
+"""Smallest and largest value of fp16's whole numbers."""
+REFUSED_OPTIONS = {
+    ("fp16", "fp16_master_weights_and_grads"): "keeps no fp32 master weights, which checkpoints hold; remove it",
+    ("bf16", "bf16_master_weights_and_grads"): "keeps no fp32 master weights, which checkpoints hold; remove it",
+    ("bf16", "bf16_optimizer_states"): "keeps moments in bf16, but checkpoints hold them in fp32; remove it",
+}
+"""Options of a section that DeepSpeed knows and that are refused when true, with the reason and the fix."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,19 @@ class DeepSpeedConfig:
     """Type in which gradients are accumulated, if given."""
     gradient_clipping: float
     """Largest norm of the gradients; 0.0 is off; DeepSpeed 0.19's default is 1.0."""
+
+    @property
+    def loss_scale_is_dynamic(self) -> bool:
+        """Whether fp16 finds the scale of the loss by itself (fp16.loss_scale 0 or not given)."""
+        return self.raw.get("fp16", {}).get("loss_scale", 0) == 0
+
+    @property
+    def initial_loss_scale(self) -> float:
+        """Scale of the loss at the first step of an fp16 run."""
+        fp16 = self.raw.get("fp16", {})
+        if self.loss_scale_is_dynamic:
+            return float(2 ** fp16.get("initial_scale_power", DEFAULT_INITIAL_SCALE_POWER))
+        return float(fp16["loss_scale"])
 
 
 def load_deepspeed_config(path: str | Path) -> DeepSpeedConfig:
@@ -91,6 +118,7 @@ def deepspeed_config_from_dict(tree: dict[str, Any], source: str = "DeepSpeed co
         *_find_auto(tree),
         *_check_batch_sizes(tree),
         *_check_precision(tree),
+        *_check_loss_scale(tree),
         *_check_gradients(tree),
     ]
     if problems:
@@ -153,7 +181,11 @@ def _check_precision(tree: dict[str, Any]) -> list[str]:
     if "bf16" in tree and "bfloat16" in tree:
         problems.append("bf16 and bfloat16 are the same section; keep bf16")
     if _enabled(tree, "fp16") and (_enabled(tree, "bf16") or _enabled(tree, "bfloat16")):
-        problems.append("fp16.enabled and bf16.enabled are both true; keep bf16")
+        problems.append("fp16.enabled and bf16.enabled are both true; keep bf16, whose range needs no loss scaling")
+    for (name, option), reason in REFUSED_OPTIONS.items():
+        for section in {name, "bfloat16" if name == "bf16" else name}:
+            if isinstance(tree.get(section), dict) and tree[section].get(option, False) not in (False, "auto"):
+                problems.append(f"{section}.{option}={tree[section][option]!r} {reason}")
     data_types = tree.get("data_types", {})
     if not isinstance(data_types, dict):
         return problems
@@ -171,6 +203,25 @@ def _check_precision(tree: dict[str, Any]) -> list[str]:
             f"data_types.param_dtype={data_types['param_dtype']!r} contradicts the precision {precision}; remove it "
             "and set bf16.enabled"
         )
+    return problems
+
+
+def _check_loss_scale(tree: dict[str, Any]) -> list[str]:
+    """Check fp16's section: the numbers of its loss scaling."""
+    section = tree.get("fp16", {})
+    if not isinstance(section, dict):
+        return []
+    problems = []
+    for key, (lowest, highest) in FP16_RANGES.items():
+        value = section.get(key, lowest)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value != "auto" and not (whole and value >= lowest and (highest is None or value <= highest)):
+            limits = f"from {lowest} to {highest}" if highest is not None else f"of at least {lowest}"
+            problems.append(f"fp16.{key}={value!r} must be a whole number {limits}")
+    scale = section.get("loss_scale", 0)
+    is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if scale != "auto" and not (is_number and 0 <= scale < float("inf")):
+        problems.append(f"fp16.loss_scale={scale!r} must be a number of at least 0 (0 finds the scale by itself)")
     return problems
 
 

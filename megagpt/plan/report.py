@@ -102,10 +102,16 @@ def _batch_lines(plan: Plan) -> list[str]:
 
 def _precision_lines(plan: Plan) -> list[str]:
     clipping = f"clipped to norm {plan.gradient_clipping:g}" if plan.gradient_clipping > 0 else "not clipped"
-    return [
+    lines = [
         f"{plan.precision} weights; gradients summed in {plan.grad_accum_dtype} and {clipping}; "
         f"ZeRO stage {plan.zero_stage}; {plan.run.optimizer.name}"
     ]
+    if plan.precision == "fp16":
+        kind = "dynamic, from" if plan.deepspeed.loss_scale_is_dynamic else "always"
+        lines.append(
+            f"loss scale {kind} {plan.deepspeed.initial_loss_scale:,.0f}; a step that overflows updates nothing"
+        )
+    return lines
 
 
 def _run_lines(plan: Plan) -> list[str]:

@@ -187,8 +187,6 @@ def check_data_and_outputs(run: RunConfig) -> list[str]:
 def check_deepspeed(run: RunConfig, deepspeed: DeepSpeedConfig) -> list[str]:
     """What DeepSpeed could do, but megagpt does not support."""
     problems = []
-    if deepspeed.precision == "fp16":
-        problems.append(f"{deepspeed.source}: fp16 is not supported yet; use bf16")
     zero = deepspeed.raw.get("zero_optimization", {})
     offloads = [key for key in ("offload_optimizer", "offload_param") if _offload_device(zero.get(key)) != "none"]
     offloads += [key for key in ("cpu_offload", "cpu_offload_param", "zenflow") if zero.get(key)]

@@ -11,6 +11,8 @@ from tiny import ADAM, SGD, rank_batches, tiny_plan
 pytestmark = pytest.mark.usefixtures("libraries")
 
 HALF, WHOLE = 3, 6
+OVERFLOWING = {"fp16": {"initial_scale_power": 21, "hysteresis": 1, "loss_scale_window": 2}}
+"""A scale that is too large at first, and soon again."""
 
 
 def plan_in(folder: Path, **layout):
@@ -20,8 +22,8 @@ def plan_in(folder: Path, **layout):
     )
 
 
-def curve(plan, save_at: int | None = None, resumes: bool = False, until: int = WHOLE) -> list[tuple[float, float]]:
-    """(loss, gradient norm) per step on this rank; saves after `save_at` steps, or resumes first."""
+def curve(plan, save_at: int | None = None, resumes: bool = False, until: int = WHOLE) -> list[tuple]:
+    """(loss, gradient norm, loss scale) per step on this rank; saves after `save_at` steps, or resumes first."""
     from megagpt.checkpoint import Checkpoints, TrainState
     from megagpt.engine import build_engine
     from megagpt.parallel.console import Console
@@ -39,8 +41,8 @@ def curve(plan, save_at: int | None = None, resumes: bool = False, until: int = 
     values = []
     while state.step < until:
         result = engine.train_step(rank_batches(plan, ranks.data_rank, state.step), plan.run.optimizer.lr)
-        state = state.advance(plan.global_batch_size)
-        values.append((float(result.loss), float(result.grad_norm)))
+        state = state.advance(plan.global_batch_size, result.skipped)
+        values.append((float(result.loss), float(result.grad_norm), result.loss_scale))
         if state.step == save_at:
             checkpoints.save(state, {})
     return values
@@ -55,6 +57,8 @@ def curve(plan, save_at: int | None = None, resumes: bool = False, until: int = 
         {"tp": 2, "dp": 2, "zero": 2, "precision": "bf16"},
         {"dp": 2, "zero": 3},
         {"tp": 2, "sp": True},
+        {"tp": 2, "pp": 2, "precision": "fp16", "model": "gpt2", "deepspeed": OVERFLOWING},
+        {"dp": 2, "zero": 3, "precision": "fp16", "deepspeed": OVERFLOWING},
     ],
     ids=lambda layout: "-".join(
         f"{key}{value if isinstance(value, str | int) else ''}" for key, value in layout.items()
@@ -65,6 +69,10 @@ def test_resume_is_bit_exact(tmp_path, layout):
     undisturbed = run_ranks(curve, plan.world_size, plan, save_at=HALF)
     resumed = run_ranks(curve, plan.world_size, plan, resumes=True)
     assert [values[HALF:] for values in undisturbed] == resumed
+    if plan.precision == "fp16":
+        before, after = ({scale for *_, scale in part} for part in (undisturbed[0][:HALF], resumed[0]))
+        assert len(before) > 1, "an update was skipped before saving, so that Adam has made fewer than there were steps"
+        assert len(after) > 1, "and the scale changed after resuming, at a step that depends on what was saved"
 
 
 @pytest.mark.parametrize("source", [{"tp": 2, "pp": 2}, {"dp": 2, "zero": 3}], ids=["tp2pp2", "zero3"])
@@ -76,6 +84,19 @@ def test_resume_on_another_layout_continues_the_curve(tmp_path, source):
         values = run_ranks(curve, other.world_size, other, resumes=True)[0]
         assert [v[0] for v in values] == pytest.approx([v[0] for v in expected], abs=1e-5), target
         assert [v[1] for v in values] == pytest.approx([v[1] for v in expected], rel=1e-4), target
+
+
+def test_a_move_to_another_precision_continues_the_curve(tmp_path):
+    plan = plan_in(tmp_path, precision="fp16", model="gpt2", tp=2, pp=2, deepspeed=OVERFLOWING)
+    expected = run_ranks(curve, 4, plan, save_at=HALF)[0][HALF:]
+    for target, error in (
+        ({"precision": "fp16", "deepspeed": OVERFLOWING, "dp": 2, "zero": 3}, 2e-3),
+        ({"precision": "bf16", "tp": 2, "zero": 2}, 0.05),
+    ):
+        other = plan_in(tmp_path, model="gpt2", **target)
+        values = run_ranks(curve, 2, other, resumes=True)[0]
+        assert values[0][2] == (expected[0][2] if other.precision == "fp16" else None)
+        assert values[0][0] == pytest.approx(expected[0][0], abs=error), target
 
 
 def test_tied_weights_survive_a_move(tmp_path):

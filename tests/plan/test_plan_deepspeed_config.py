@@ -37,6 +37,13 @@ def test_what_an_empty_config_means():
     assert config.gradient_clipping == 1.0
 
 
+def test_loss_scale_of_fp16():
+    dynamic = deepspeed_config_from_dict({"fp16": {"enabled": True}})
+    assert (dynamic.precision, dynamic.loss_scale_is_dynamic, dynamic.initial_loss_scale) == ("fp16", True, 65536.0)
+    fixed = deepspeed_config_from_dict({"fp16": {"enabled": True, "loss_scale": 128}})
+    assert (fixed.loss_scale_is_dynamic, fixed.initial_loss_scale) == (False, 128.0)
+
+
 @pytest.mark.parametrize("name", ["bf16", "bfloat16"])
 def test_both_names_of_bf16(name):
     assert deepspeed_config_from_dict({name: {"enabled": True}}).precision == "bf16"
@@ -69,6 +76,14 @@ def test_both_names_of_bf16(name):
         ({"bf16": {"enabled": 1}}, "bf16.enabled=1 must be true or false"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "both true; keep bf16"),
         ({"bf16": {}, "bfloat16": {}}, "the same section; keep bf16"),
+        ({"fp16": {"fp16_master_weights_and_grads": True}}, "keeps no fp32 master weights"),
+        ({"bfloat16": {"bf16_master_weights_and_grads": True}}, "bfloat16.bf16_master_weights_and_grads=True keeps no"),
+        ({"bf16": {"bf16_optimizer_states": True}}, "keeps moments in bf16"),
+        ({"fp16": {"loss_scale": -1}}, "fp16.loss_scale=-1 must be a number of at least 0"),
+        ({"fp16": {"loss_scale": True}}, "fp16.loss_scale=True must be a number"),
+        ({"fp16": {"initial_scale_power": 33}}, "must be a whole number from 0 to 32"),
+        ({"fp16": {"loss_scale_window": 0}}, "fp16.loss_scale_window=0 must be a whole number of at least 1"),
+        ({"fp16": {"hysteresis": 1.0}}, "fp16.hysteresis=1.0 must be a whole number from 1 to 16"),
         ({"gradient_clipping": -1}, "gradient_clipping=-1 must be a number of at least 0"),
         ({"gradient_clipping": None}, "gradient_clipping=None must be a number of at least 0"),
         ({"gradient_clipping": float("nan")}, "gradient_clipping=nan must be a number of at least 0"),

@@ -78,13 +78,20 @@ def test_every_preset_plans_with_every_deepspeed_config(name, path):
     data = 2 if path.stem == "quickstart" else 8  # its batches are small
     plan = make_plan(run_of(name, tensor, pipeline), deepspeed, tensor * pipeline * data)
     assert (plan.data_parallel_size, plan.gradient_clipping) == (data, 1.0)
-    assert plan.precision == ("fp32" if "fp32" in path.stem else "bf16")
+    assert plan.precision == ("bf16" if path.stem == "quickstart" else path.stem.split("_")[1])
     assert all("idles" in note or "fp32 (" in note for note in plan.notes)
     json.dumps(plan.engine_config())
 
 
 def test_shipped_deepspeed_configs():
-    assert [path.stem for path in DS_CONFIGS] == ["quickstart", "zero1_bf16", "zero1_fp32", "zero2_bf16", "zero3_bf16"]
+    assert [path.stem for path in DS_CONFIGS] == [
+        "quickstart",
+        "zero1_bf16",
+        "zero1_fp16",
+        "zero1_fp32",
+        "zero2_bf16",
+        "zero3_bf16",
+    ]
     for path in DS_CONFIGS:
         stage = load_deepspeed_config(path).zero_stage
         assert path.stem == "quickstart" or path.stem.startswith(f"zero{stage}_")

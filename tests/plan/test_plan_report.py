@@ -54,6 +54,13 @@ def test_the_report_says_everything_once(plan):
         assert text.count(words) == 1, (words, text)
 
 
+def test_the_report_tells_fp16s_loss_scale():
+    run = run_config_from_dict({"model": {"preset": "quickstart"}, "training": {"steps": 1}})
+    for fp16, words in (({}, "loss scale dynamic, from 65,536;"), ({"loss_scale": 128}, "loss scale always 128;")):
+        raw = {"train_batch_size": 8, "fp16": {"enabled": True, **fp16}}
+        assert describe(make_plan(run, deepspeed_config_from_dict(raw), 1)).count(words) == 1
+
+
 def test_stage_contents(plan):
     assert stage_contents(plan, 0) == "embedding, layer 0"
     assert stage_contents(plan, 31) == "layer 31, final norm, head"

@@ -106,7 +106,6 @@ def parallel(tensor=1, pipeline=1, sequence=False):
         ({"data": {"split": [0, 1, 1]}}, {}, 1, "data.split=[0.0, 1.0, 1.0] must hold shares"),
         ({"data": {"split": [2, -1, 1]}}, {}, 1, "data.split=[2.0, -1.0, 1.0] must hold shares"),
         ({"checkpoint": {"save_interval": 5}}, {}, 1, "checkpoint.save_interval=5 needs a place to save to"),
-        ({}, {"bf16": {"enabled": False}, "fp16": {"enabled": True}}, 1, "fp16 is not supported yet; use bf16"),
         ({}, {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, 1, "offload_param is not"),
         ({}, {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}}, 1, "offload_optimizer is"),
         ({}, {"zero_optimization": {"stage": 1, "cpu_offload": True}}, 1, "cpu_offload is not supported yet"),
