@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE, TOOLS = ROOT / "megagpt", ROOT / "tools"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 COMMANDS = sorted(TOOLS.glob("*.py"))
-SLOW_LIBRARIES = ("torch", "deepspeed", "megatron", "transformers", "numpy")
+SLOW_LIBRARIES = ("torch", "deepspeed", "megatron", "transformers", "tokenizers", "pyarrow", "numpy")
 DATA_COMMANDS = ("collect_docs", "preprocess_data", "train_tokenizer")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 

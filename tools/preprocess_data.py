@@ -10,7 +10,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSONL files, one object a line")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="path of the dataset without .bin")
-    parser.add_argument("--tokenizer", required=True, metavar="MODEL", help="sentencepiece .model")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="PATH",
+        help="sentencepiece .model, tokenizer.json or its folder, .tiktoken",
+    )
     parser.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,

@@ -12,12 +12,6 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 {tokenizer_lines}```
 """
 
-_TOKENIZER = """
-The tokenizer gives the ids of the sentencepiece model it was made from. A document begins after the end-of-document
-token, which is therefore both `bos_token` and `eos_token`; none is added to a prompt. Text that looks like a special
-token is encoded as ordinary characters; pass `split_special_tokens=False` to have it recognised.
-"""
-
 
 def model_card(
     name: str,
@@ -25,7 +19,7 @@ def model_card(
     model: ModelConfig,
     parameters: int,
     dtype: Dtype,
-    has_tokenizer: bool,
+    tokenizer_note: str | None,
     facts: Mapping[str, object],
 ) -> str:
     """The text of README.md: what the model is, how to load it, and the facts of its training run.
@@ -34,7 +28,7 @@ def model_card(
         name: title.
         family: family that the model was exported to.
         parameters: number of stored weights.
-        has_tokenizer: whether tokenizer files lie beside the weights.
+        tokenizer_note: what to say about the tokenizer files beside the weights; None if there are none.
         facts: label -> value, shown as a table.
     """
     architecture = {
@@ -50,8 +44,8 @@ def model_card(
     }
     use = _USE.format(
         name=name,
-        tokenizer_import=", AutoTokenizer" if has_tokenizer else "",
-        tokenizer_lines=f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n' if has_tokenizer else "",
+        tokenizer_import=", AutoTokenizer" if tokenizer_note is not None else "",
+        tokenizer_lines=f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n' if tokenizer_note is not None else "",
     )
     front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- megagpt\n---\n"
     parts = [
@@ -61,8 +55,8 @@ def model_card(
         _table(architecture),
         use,
     ]
-    if has_tokenizer:
-        parts.append(_TOKENIZER.lstrip())
+    if tokenizer_note is not None:
+        parts.append(tokenizer_note.lstrip())
     if facts:
         parts += ["## Training\n", _table(facts)]
     return "\n".join(parts)

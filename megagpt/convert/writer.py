@@ -65,7 +65,7 @@ def write_hf_folder(
         model: the model as trained.
         read: gives the full fp32 tensor of a canonical name (see `canonical.py`).
         names: all canonical names that the source has.
-        tokenizer_path: sentencepiece .model file; None exports weights only.
+        tokenizer_path: tokenizer file or folder; None exports weights only.
         dtype: type of the stored weights.
         max_shard_bytes: largest weight file, unless one tensor alone is larger.
         card: facts about the training run for the model card: label -> value.
@@ -107,9 +107,10 @@ def _write_all(
     card: Mapping[str, object],
 ) -> Export:
     # The tokenizer first: it is small, and what is wrong with it shows before gigabytes are written.
-    tokens = TokenIds()
+    tokens, tokenizer_note = TokenIds(), None
     if tokenizer_path is not None:
-        tokens = export_tokenizer(tokenizer_path, partial, model.vocab_size, model.max_position_embeddings)
+        exported = export_tokenizer(tokenizer_path, partial, model.vocab_size, model.max_position_embeddings)
+        tokens, tokenizer_note = exported.ids, exported.card
     files = _write_weights(partial, family, model, read, dtype, max_shard_bytes)
     weight_bytes = sum(file.bytes for name, file in files.items() if name.endswith(".safetensors"))
     parameters = sum(math.prod(shape) for shape in family.hf_shapes(model).values())
@@ -117,7 +118,7 @@ def _write_all(
     special = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
     known = {key: value for key, value in special.items() if value is not None}
     _write_json(partial / "generation_config.json", {"_from_model_config": True, **known})
-    text = model_card(folder.name, family, model, parameters, dtype, tokenizer_path is not None, card)
+    text = model_card(folder.name, family, model, parameters, dtype, tokenizer_note, card)
     (partial / "README.md").write_text(text, encoding="utf-8")
     for path in sorted(partial.iterdir()):
         if path.name not in files:

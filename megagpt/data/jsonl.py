@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagpt.data.manifest import InputFile
-from megagpt.data.tokenizer import encoding_fault
 from megagpt.errors import DataError
+from megagpt.tokenization.tokenizer import encoding_fault
 
 _CHUNK_BYTES = 1 << 20
 

@@ -130,7 +130,8 @@ class DataConfig(Section):
     prefix: str | None = None
     """Dataset as written by tools/preprocess_data.py: the path without .bin/.idx."""
     tokenizer: str | None = None
-    """Tokenizer file (sentencepiece .model); checked against the dataset and carried into exports."""
+    """Tokenizer (sentencepiece .model, tokenizer.json or its folder, .tiktoken); checked against the dataset, carried
+    into exports."""
     split: Annotated[tuple[float, float, float], Strict(False)] = (90.0, 5.0, 5.0)
     """Shares of the documents for train, validation and test."""
 

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from megagpt.convert.family import TokenIds
-from megagpt.convert.tokenizer import (
+from megagpt.convert.sentencepiece_to_hf import (
     SPACE_MARK,
     build_tokenizer,
-    export_tokenizer,
     merges_of,
     read_pieces,
     words_are_separable,
 )
+from megagpt.convert.tokenizer import export_tokenizer
 from megagpt.convert.writer import write_hf_folder
 from megagpt.data.tokenizer import train_sentencepiece
 from megagpt.errors import ConversionError, DataError
@@ -127,7 +127,7 @@ def test_whole_documents(pair):
 )
 def test_other_settings_of_the_trainer(options, tmp_path):
     path = train(tmp_path / "t.model", **options)
-    ids = export_tokenizer(path, tmp_path, 620, 64)
+    ids = export_tokenizer(path, tmp_path, 620, 64).ids
     processor = sentencepiece.SentencePieceProcessor(model_file=path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert ids == TokenIds(processor.eos_id(), processor.eos_id(), 3 if "pad_id" in options else None)
@@ -137,6 +137,41 @@ def test_other_settings_of_the_trainer(options, tmp_path):
     for _ in range(300):
         text = "".join(rng.choices([*SNIPPETS, "<|im|>", "fox", "   "], k=12))
         assert_same((processor, tokenizer), text)
+
+
+@pytest.fixture(scope="module")
+def unigram_pair(tmp_path_factory):
+    """The same as `pair` for a unigram model with chat and padding tokens."""
+    folder = tmp_path_factory.mktemp("unigram")
+    special = ["<|im_start|>", "<|im_end|>"]
+    model = train_sentencepiece(corpus(), folder / "t", 420, model_type="unigram", special_tokens=special, pad=True)
+    assert export_tokenizer(model.path, folder, 620, 64).ids == TokenIds(2, 2, 5)
+    return sentencepiece.SentencePieceProcessor(model_file=str(model.path)), AutoTokenizer.from_pretrained(folder)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.one_of(
+        st.lists(st.sampled_from([*SNIPPETS, "<|im_end|>"]), max_size=12).map("".join),
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+    )
+)
+def test_unigram_models_give_the_ids_of_sentencepiece(unigram_pair, text):
+    """The very ids, unless two segmentations are equally good (8 spaces as 3 + 5 or 5 + 3): rounding decides there."""
+    processor, tokenizer = unigram_pair
+    expected, found = processor.encode(text), tokenizer(text)["input_ids"]
+    if found != expected:
+        assert sum(map(processor.get_score, found)) == pytest.approx(sum(map(processor.get_score, expected)), abs=1e-3)
+        assert not {0, 1, 2, 3, 4, 5} & set(found)
+    assert tokenizer.decode(found) == processor.decode(expected) == text.replace(SPACE_MARK, " ")
+
+
+def test_unigram_documents_and_special_tokens(unigram_pair):
+    for document in corpus():
+        assert_same(unigram_pair, document)
+    processor, tokenizer = unigram_pair
+    assert tokenizer("<|im_end|>", split_special_tokens=False)["input_ids"] == [4]
+    assert (tokenizer.pad_token, tokenizer.pad_token_id, processor.pad_id()) == ("<pad>", 5, 5)
 
 
 def test_words_are_cut_only_if_no_piece_spans_them(tmp_path):
@@ -200,13 +235,14 @@ def test_special_tokens_are_skipped_and_found_on_request(pair):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": "unigram", "vocab_size": 380}, "model_type is not bpe"),
+        ({"model_type": "char", "vocab_size": 380}, "model_type is neither bpe nor unigram"),
+        ({"model_type": "unigram", "vocab_size": 380, "user_defined_symbols": ["<|x|>"]}, "user-defined pieces"),
+        ({"model_type": "unigram", "vocab_size": 380}, "characters '.*' of control and byte pieces are no pieces"),
         ({"byte_fallback": False, "vocab_size": 300}, "byte_fallback is false"),
         ({"add_dummy_prefix": True}, "add_dummy_prefix is true"),
         ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces is true"),
         ({"normalization_rule_name": "nmt_nfkc"}, "normalization_rule_name is nmt_nfkc, not identity"),
         ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix is true"),
-        ({"eos_id": -1}, "has no eos piece"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -227,5 +263,7 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     (tmp_path / "empty.model").write_bytes(b"")
     with pytest.raises(DataError, match=r"empty.model: not a sentencepiece"):
         read_pieces(tmp_path / "empty.model")
-    with pytest.raises(ConversionError, match=r"has 620 pieces but model.vocab_size=600"):
+    with pytest.raises(DataError, match=r"has no end-of-sequence token"):
+        export_tokenizer(train(tmp_path / "t.model", eos_id=-1), tmp_path, 620, 64)
+    with pytest.raises(ConversionError, match=r"has 620 tokens but model.vocab_size=600"):
         export_tokenizer(train(tmp_path / "t.model"), tmp_path, 600, 64)

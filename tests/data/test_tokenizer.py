@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt.data.tokenizer import Tokenizer, train_sentencepiece
+from megagpt.data.tokenizer import CHAT_TOKENS, Tokenizer, train_sentencepiece
 from megagpt.errors import DataError
 
 VOCABULARY = 360
@@ -72,6 +72,47 @@ def test_drawn_documents_follow_the_seed(tmp_path):
 VARIED = [f"{chr(97 + i % 26) * 5} {chr(97 + i * 7 % 26)}{chr(97 + i * 3 % 26)} word{i}" for i in range(400)]
 
 
+def test_special_and_chat_tokens(tmp_path):
+    tokenizer = train_sentencepiece(TEXTS, tmp_path / "t", 340, special_tokens=["<|tool|>", *CHAT_TOKENS], pad=True)
+    assert tokenizer.special_tokens == {
+        "<s>": 1,
+        "</s>": 2,
+        "<|tool|>": 3,
+        "<|im_start|>": 4,
+        "<|im_end|>": 5,
+        "<pad>": 6,
+    }
+    assert (tokenizer.vocab_size, tokenizer.pad_id) == (340, 6)
+    spelt = "<|im_start|>user <pad></s>"
+    assert tokenizer.decode(tokenizer.encode(spelt)) == spelt
+    assert min(tokenizer.encode(spelt)) > 6
+
+
+@pytest.mark.parametrize(
+    ("special", "message"),
+    [
+        (["<s>"], "'<s>' is empty, occurs twice or has a fixed meaning"),
+        (["<a>", "<a>"], "'<a>' is empty, occurs twice"),
+        ([""], "'' is empty"),
+        (["<0x0A>"], "'<0x0A>' .* fixed meaning"),
+        (["a,b"], "'a,b' has a comma"),
+    ],
+)
+def test_unusable_special_tokens(tmp_path, special, message):
+    with pytest.raises(DataError, match=message):
+        train_sentencepiece(TEXTS, tmp_path / "t", 340, special_tokens=special)
+
+
+def test_unigram_and_bytes_and_digits_by_choice(tmp_path):
+    texts = [text + " 2024 2024" for text in TEXTS]
+    unigram = train_sentencepiece(texts, tmp_path / "u", 400, model_type="unigram", split_digits=False)
+    assert unigram.decode(unigram.encode("The fox 漢 2024")) == "The fox 漢 2024"
+    assert len(unigram.encode("2024")) < 4
+    plain = train_sentencepiece(texts, tmp_path / "p", 100, byte_fallback=False)
+    assert plain.vocab_size == 100
+    assert plain.encode("漢") == [0]
+
+
 def test_training_is_quiet(tmp_path, capfd):
     train_sentencepiece(TEXTS, tmp_path / "t", 300)
     assert capfd.readouterr() == ("", "")
@@ -103,7 +144,7 @@ def test_vocabulary_named_in_the_error_works(tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(DataError, match=r"nothing\.model does not exist; train one with"):
         Tokenizer.load(tmp_path / "nothing.model")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"is a folder without tokenizer\.json \(other tokenizer files: none\)"):
         Tokenizer.load(tmp_path)
 
 
