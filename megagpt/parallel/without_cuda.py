@@ -3,6 +3,8 @@
 Megatron-Core asks torch.cuda for the current device and for the random state of the device. On a host without CUDA
 both questions have an answer of the same meaning: the CPU, and the CPU's random state. With these few functions
 replaced, the very same model code runs on gloo ranks. On a CUDA host nothing is touched.
+
+Where torch's matrix product is slow on the host's processor, a faster one takes its place: see `cpu_kernels`.
 """
 
 import importlib
@@ -10,6 +12,8 @@ import os
 from typing import Any
 
 import torch
+
+from megagpt.parallel.cpu_kernels import mkl_is_slow, multiply_with_onednn
 
 
 def support_hosts_without_cuda() -> None:
@@ -26,6 +30,8 @@ def support_hosts_without_cuda() -> None:
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     mcore_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    if mkl_is_slow():
+        multiply_with_onednn()
 
 
 def prepare_deepspeed() -> None:
