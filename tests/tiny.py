@@ -23,7 +23,15 @@ GPT2 = dict(
     untie_embeddings_and_output_weights=False,
 )
 NEOX = dict(GPT2, position_embedding_type="rope", rotary_percent=0.5, parallel_residual=True, activation="gelu")
-MODELS = {"llama": LLAMA, "gpt2": GPT2, "neox": NEOX}
+QWEN3 = dict(
+    LLAMA,
+    qk_layernorm=True,
+    sliding_window=11,
+    init_method_std=0.1,  # queries and keys must matter, or errors in their norms would not show
+    rotary_base=100.0,
+    rotary_scaling=dict(type="llama3", factor=4.0, original_max_position_embeddings=16),
+)
+MODELS = {"llama": LLAMA, "gpt2": GPT2, "neox": NEOX, "qwen3": QWEN3}
 
 ADAM = dict(name="adamw", lr=1e-3, min_lr=1e-3)
 SGD = dict(name="sgd", lr=0.5, min_lr=0.5, weight_decay=0.0)

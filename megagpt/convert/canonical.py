@@ -28,8 +28,8 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         if bias:
             shapes[f"{module}.bias"] = shape[:1]
 
-    def add_norm(module: str) -> None:
-        add(module, (hidden,), bias=model.normalization == "LayerNorm")
+    def add_norm(module: str, channels: int = hidden) -> None:
+        add(module, (channels,), bias=model.normalization == "LayerNorm")
 
     add("embedding.word_embeddings", (model.vocab_size, hidden), bias=False)
     if model.position_embedding_type == "learned_absolute":
@@ -40,6 +40,9 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         qkv_rows = query_rows + 2 * groups * model.kv_channels
         add(f"{layer}.self_attention.linear_qkv", (qkv_rows, hidden), bias=model.has_qkv_bias)
         add(f"{layer}.self_attention.linear_proj", (hidden, query_rows), bias=bias)
+        if model.qk_layernorm:
+            add_norm(f"{layer}.self_attention.q_layernorm", model.kv_channels)
+            add_norm(f"{layer}.self_attention.k_layernorm", model.kv_channels)
         add_norm(f"{layer}.pre_mlp_layernorm")
         add(f"{layer}.mlp.linear_fc1", (fc1_branches * model.ffn_hidden_size, hidden), bias=bias)
         add(f"{layer}.mlp.linear_fc2", (hidden, model.ffn_hidden_size), bias=bias)

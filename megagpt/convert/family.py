@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megagpt.convert.canonical import canonical_shapes, check_names
 from megagpt.errors import ConversionError
-from megagpt.plan.config import ModelConfig
+from megagpt.plan.config import ModelConfig, Section
 
 Read = Callable[[str], Tensor]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -94,15 +94,28 @@ class _Source:
 
 # --------------------------------------------------------------------------------------------------------- families
 
+ANY: tuple[Any, ...] = ()
+"""No values listed in `Family.requires`: the family expresses all."""
+
+FEATURES: Mapping[str, tuple[Any, ...]] = {
+    "rotary_percent": (1.0,),
+    "rotary_scaling": (None,),
+    "sliding_window": (None,),
+    "qk_layernorm": (False,),
+    "parallel_residual": (False,),
+}
+"""Values of keys that most families cannot express otherwise: what `Family.requires` says about them wins."""
+
 
 @dataclass(frozen=True, eq=False)
 class Family:
     """A Hugging Face architecture: what it can express, its config and its tensors.
 
-    `requires` lists the values allowed for a key of the model config; `checks` covers what needs several keys and
-    returns one sentence per obstacle. `zeros` names modules of a layer whose bias the family demands although the
-    model has none; it is written as zeros, which changes no logit. `brings_tokenizer`: transformers' AutoTokenizer
-    loads every folder of this family with the family's own tokenizer, whatever the folder's tokenizer files say.
+    `requires` lists the values allowed for a key of the model config, on top of FEATURES; `checks` covers what needs
+    several keys and returns one phrase per obstacle. `zeros` names modules of a layer whose bias the family demands
+    although the model has none; it is written as zeros, which changes no logit. `brings_tokenizer`: transformers'
+    AutoTokenizer loads every folder of this family with the family's own tokenizer, whatever the folder's tokenizer
+    files say.
     """
 
     name: str
@@ -117,10 +130,10 @@ class Family:
     def obstacles(self, model: ModelConfig) -> list[str]:
         """What keeps this family from expressing the model exactly: one phrase per key; empty if it fits."""
         found = []
-        for key, allowed in self.requires.items():
+        for key, allowed in {**FEATURES, **self.requires}.items():
             value = getattr(model, key)
-            if value not in allowed:
-                found.append(f"model.{key}={value} (can be {' or '.join(map(str, allowed))})")
+            if allowed and value not in allowed:
+                found.append(f"model.{key}={_shown(value)} (can be {' or '.join(map(_shown, allowed))})")
         return found + self.checks(model)
 
     def hf_shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -209,6 +222,18 @@ class Family:
             "dtype": dtype,
             "torch_dtype": dtype,  # transformers 4
         }
+
+
+def odd_rotary(model: ModelConfig) -> list[str]:
+    """The obstacle of rotated channels that do not pair up, which no family allows."""
+    rotated = int(model.kv_channels * model.rotary_percent)
+    return [] if rotated % 2 == 0 and rotated else [f"{rotated} rotated channels per head (must be even, not zero)"]
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "null"
+    return f"{{{value}}}" if isinstance(value, Section) else str(value)
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:

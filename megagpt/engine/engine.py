@@ -22,6 +22,7 @@ from megagpt.model import (
     PipelineLayer,
     canonical_name,
     initialize_weights,
+    is_partial_over_tensor_ranks,
     language_model_loss,
     pipeline_layers,
     with_recomputation,
@@ -195,7 +196,7 @@ def build_engine(plan: Plan, ranks: Ranks) -> Engine:
     is_pipeline = plan.pipeline_parallel_size > 1
     module: nn.Module = _pipeline_module(plan) if is_pipeline else GPT(plan)
     initialize_weights(named_parameters(module, plan), plan, ranks.tensor_rank)
-    sum_sequence_parallel_gradients(module, ranks)
+    sum_partial_gradients(module, ranks)
     optimizer = build_optimizer(named_parameters(module, plan), plan)
     wrapped, *_ = deepspeed.initialize(
         model=module,
@@ -207,8 +208,8 @@ def build_engine(plan: Plan, ranks: Ranks) -> Engine:
     return Engine(plan, ranks, module, optimizer, wrapped)
 
 
-def sum_sequence_parallel_gradients(module: nn.Module, ranks: Ranks) -> None:
-    """Sum the gradients of parameters that work on a part of the sequence over the tensor-parallel ranks.
+def sum_partial_gradients(module: nn.Module, ranks: Ranks) -> None:
+    """Sum, over the tensor-parallel ranks, the gradients of whole parameters that work on a part of tokens or heads.
 
     Megatron-Core's optimizer would do it; DeepSpeed's do not. The hook sits on the tensor, before accumulation: summing
     an accumulated gradient would count earlier micro-batches again.
@@ -222,7 +223,7 @@ def sum_sequence_parallel_gradients(module: nn.Module, ranks: Ranks) -> None:
     if ranks.tensor_size == 1:
         return
     for parameter in module.parameters():
-        if getattr(parameter, "sequence_parallel", False):
+        if is_partial_over_tensor_ranks(parameter):
             parameter.register_hook(all_reduce)
 
 

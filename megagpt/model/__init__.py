@@ -3,6 +3,7 @@
 from megagpt.model.gpt import GPT, PipelineLayer, pipeline_layers
 from megagpt.model.initialize import initialize_weights
 from megagpt.model.loss import language_model_loss
+from megagpt.model.norm import is_partial_over_tensor_ranks
 from megagpt.model.partition import Partition, canonical_name, partition_of
 from megagpt.model.recompute import with_recomputation
 
@@ -12,6 +13,7 @@ __all__ = [
     "PipelineLayer",
     "canonical_name",
     "initialize_weights",
+    "is_partial_over_tensor_ranks",
     "language_model_loss",
     "partition_of",
     "pipeline_layers",

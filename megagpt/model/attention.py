@@ -3,11 +3,11 @@
 import contextlib
 
 import torch
-import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+
+from megagpt.model.causal_attention import causal_attention
 
 # Shapes: S sequence, B micro-batch, N query heads of this rank, G key/value heads of this rank, D channels per head.
 
@@ -15,8 +15,9 @@ from torch import Tensor
 class SDPAttention(MegatronModule):
     """Causal attention with the constructor of Megatron-Core's DotProductAttention.
 
-    The causal mask is implied, never built; grouped key/value heads are handed over as they are, not repeated. With
-    `recompute` the backward pass computes the attention again from query, key and value.
+    Args:
+        recompute: the backward pass computes the attention again from query, key and value.
+        window: each position sees itself and the `window - 1` positions before it; None: all before it.
     """
 
     def __init__(
@@ -28,15 +29,14 @@ class SDPAttention(MegatronModule):
         attention_dropout=None,
         softmax_scale=None,
         recompute: bool = False,
+        window: int | None = None,
         **_,
     ):
         super().__init__(config=config)
-        tensor_size = parallel_state.get_tensor_model_parallel_world_size()
-        self.num_heads = config.num_attention_heads // tensor_size
-        self.num_groups = config.num_query_groups // tensor_size
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.recompute = recompute
+        self.window = window
 
     def forward(
         self,
@@ -72,12 +72,4 @@ class SDPAttention(MegatronModule):
         # draws from the tensor-parallel generator.
         forks_rng = dropout > 0 and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if forks_rng else contextlib.nullcontext():
-            return F.scaled_dot_product_attention(
-                query_BNSD,
-                key_BGSD,
-                value_BGSD,
-                dropout_p=dropout,
-                is_causal=True,
-                scale=self.softmax_scale,
-                enable_gqa=self.num_heads != self.num_groups,
-            )
+            return causal_attention(query_BNSD, key_BGSD, value_BGSD, self.softmax_scale, dropout, self.window)

@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from megagpt.model.layers import Embedding, Head, Layer, TiedHead, build_rotary
+from megagpt.model.layers import Embedding, Head, Layer, TiedHead
 from megagpt.model.loss import language_model_loss
 from megagpt.model.norm import Norm
 from megagpt.model.recompute import with_recomputation
+from megagpt.model.rotary import build_rotary
 from megagpt.model.transformer_config import transformer_config
 from megagpt.plan import Plan
 

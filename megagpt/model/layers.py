@@ -82,16 +82,6 @@ class Layer(nn.Module):
         return self.block(hidden_SBH, attention_mask=None, rotary_pos_emb=rotary)[0]
 
 
-def build_rotary(plan: Plan) -> RotaryEmbedding | None:
-    """Rotary frequencies, or None for learned positions."""
-    model = plan.model
-    if model.position_embedding_type != "rope":
-        return None
-    return RotaryEmbedding(
-        model.kv_channels, model.rotary_percent, rotary_base=model.rotary_base, use_cpu_initialization=True
-    )
-
-
 class Head(ColumnParallelLinear):
     """Hidden states [S, B, H] to logits [S, B, V / TP]; the padding of the vocabulary gets -inf.
 

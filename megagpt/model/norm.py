@@ -22,11 +22,32 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device))
         self.bias = None if self.is_rms else nn.Parameter(torch.zeros(hidden_size, device=device))
         for parameter in self.parameters():
-            # Read by the engine: each TP rank sees a part of the sequence, so the gradients are summed over TP.
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            # Under sequence parallelism each TP rank sees a part of the sequence.
+            parameter.partial_over_tensor_ranks = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise the last dimension."""
         if self.is_rms:
             return F.rms_norm(hidden, self.shape, self.weight, self.eps)
         return F.layer_norm(hidden, self.shape, self.weight, self.bias, self.eps)
+
+
+class HeadNorm(Norm):
+    """Norm over the channels of a head, with one weight for all heads: query and key of Qwen3 and Gemma 3.
+
+    Each TP rank normalises its own heads, so the gradient on a rank is partial with or without sequence parallelism.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__(config, hidden_size, eps)
+        for parameter in self.parameters():
+            parameter.partial_over_tensor_ranks = True  # type: ignore[attr-defined]
+
+
+def is_partial_over_tensor_ranks(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is whole on each TP rank while its gradient covers the rank's own tokens or heads only.
+
+    The ranks' gradients must be summed. Our norms mark it themselves; Megatron-Core marks `sequence_parallel` on the
+    biases that it adds to parts of the sequence.
+    """
+    return getattr(parameter, "partial_over_tensor_ranks", False) or getattr(parameter, "sequence_parallel", False)

@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megagpt.model.attention import SDPAttention
-from megagpt.model.norm import Norm
+from megagpt.model.norm import HeadNorm, Norm
 from megagpt.plan import Plan
 
 _ACTIVATIONS: dict[str, Callable] = {
@@ -48,6 +48,7 @@ def transformer_config(plan: Plan) -> TransformerConfig:
         activation_func=_ACTIVATIONS[model.activation],
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.has_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         perform_initialization=False,
@@ -61,10 +62,15 @@ def transformer_config(plan: Plan) -> TransformerConfig:
 
 
 def layer_spec(config: TransformerConfig, plan: Plan) -> ModuleSpec:
-    """Megatron-Core's local layer spec with our norm and attention core."""
-    spec = get_gpt_layer_local_spec(normalization=config.normalization)
-    core_attention = partial(SDPAttention, recompute=plan.run.training.recompute_granularity == "selective")
-    attention = dataclasses.replace(spec.submodules.self_attention.submodules, core_attention=core_attention)
+    """Megatron-Core's local layer spec with our norms and attention core."""
+    spec, model = get_gpt_layer_local_spec(normalization=config.normalization), plan.model
+    recompute = plan.run.training.recompute_granularity == "selective"
+    attention = dataclasses.replace(
+        spec.submodules.self_attention.submodules,
+        core_attention=partial(SDPAttention, recompute=recompute, window=model.sliding_window),
+        q_layernorm=HeadNorm if model.qk_layernorm else None,
+        k_layernorm=HeadNorm if model.qk_layernorm else None,
+    )
     spec.submodules = dataclasses.replace(
         spec.submodules,
         input_layernorm=Norm,

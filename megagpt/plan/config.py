@@ -4,9 +4,10 @@ Batch sizes, precision, ZeRO, offload and gradient clipping have their home in t
 here. Rules that span sections or files live in `rules.py`; here each value is checked by itself.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic.fields import FieldInfo
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -29,6 +30,42 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def inner_section(field: FieldInfo) -> type[Section] | None:
+    """The section that a key holds, be it optional or not; None for keys with plain values."""
+    for kind in (field.annotation, *get_args(field.annotation)):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
+
+
+class RotaryScaling(Section):
+    """How rotary frequencies are stretched for sequences longer than those of an earlier training."""
+
+    type: Literal["linear", "llama3"]
+    """`linear` divides all frequencies by `factor` (Chen et al. 2023, arXiv 2306.15595); `llama3` only the low ones
+    (Llama 3.1 and later)."""
+    factor: Annotated[float, Field(ge=1)]
+    """By how much longer sequences may be."""
+    low_freq_factor: Annotated[float, Field(gt=0)] | None = None
+    """llama3: frequencies with fewer turns than this in the original length are divided by `factor`; default: 1."""
+    high_freq_factor: Annotated[float, Field(gt=0)] | None = None
+    """llama3: frequencies with more turns than this in the original length stay; default: 4."""
+    original_max_position_embeddings: Positive | None = None
+    """llama3: longest sequence of the earlier training; default: 8192."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_derived(cls, values: Any) -> Any:
+        """Fill in the values of Llama 3.1."""
+        if not isinstance(values, dict):
+            return values
+        values = without_nulls(values)
+        if values.get("type") == "llama3":
+            published = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+            values = published | values
+        return values
 
 
 class ModelConfig(Section):
@@ -59,6 +96,13 @@ class ModelConfig(Section):
     """Base (theta) of the rotary frequencies."""
     rotary_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of each head's channels that is rotated."""
+    rotary_scaling: RotaryScaling | None = None
+    """Stretching of the rotary frequencies, a section of its own; null: none."""
+    sliding_window: Positive | None = None
+    """Each position attends to itself and the `sliding_window - 1` positions before it (Mistral); null: to all before
+    it."""
+    qk_layernorm: bool = False
+    """Normalise each head's query and key before they are rotated (Qwen3)."""
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """Kind of normalisation."""
     layernorm_epsilon: Annotated[float, Field(gt=0)] = 1e-5

@@ -45,10 +45,11 @@ def model_flops_per_step(model: ModelConfig, seq_length: int, global_batch_size:
 
     arXiv 2205.05198, appendix A, `72 B L s h^2 (1 + s/(6h) + V/(12 h L))`, generalised to grouped queries, gated
     MLPs and any head size: 2 FLOPs per multiply-add, backward = 2 x forward. As there, attention counts the full
-    s x s matrix although half of it is masked, and the vocabulary is the unpadded one.
+    s x s matrix although half of it is masked, and the vocabulary is the unpadded one. A sliding window of w positions
+    counts its band in the same way: w (2 s - w) instead of s^2.
     """
-    layers, head = _forward_flops_per_token(model, seq_length)
-    return 3 * (layers + head) * seq_length * global_batch_size
+    layers, head = _forward_flops_per_sample(model, seq_length)
+    return 3 * (layers + head) * global_batch_size
 
 
 def hardware_flops_per_step(
@@ -63,27 +64,28 @@ def hardware_flops_per_step(
         training: gives the granularity.
         recomputed_layers: layers of the whole model that `full` recomputes.
     """
-    layers, head = _forward_flops_per_token(model, seq_length)
+    layers, head = _forward_flops_per_sample(model, seq_length)
     again = layers * recomputed_layers // model.num_layers
     if training.recompute_granularity == "selective":
-        again = model.num_layers * _attention_core_flops_per_token(model, seq_length)
-    return (3 * (layers + head) + again) * seq_length * global_batch_size
+        again = model.num_layers * _attention_core_flops_per_sample(model, seq_length)
+    return (3 * (layers + head) + again) * global_batch_size
 
 
-def _forward_flops_per_token(model: ModelConfig, seq_length: int) -> tuple[int, int]:
-    """FLOPs of the forward pass for one token: (all transformer layers, head)."""
+def _forward_flops_per_sample(model: ModelConfig, seq_length: int) -> tuple[int, int]:
+    """FLOPs of the forward pass for one sample: (all transformer layers, head)."""
     hidden = model.hidden_size
     query = model.num_attention_heads * model.kv_channels
     key_value = 2 * model.num_query_groups * model.kv_channels
     mlp = model.ffn_hidden_size * (3 if model.is_gated else 2)
-    projections = 2 * hidden * (2 * query + key_value + mlp)
-    attention = _attention_core_flops_per_token(model, seq_length)
-    return model.num_layers * (projections + attention), 2 * hidden * model.vocab_size
+    projections = 2 * hidden * (2 * query + key_value + mlp) * seq_length
+    attention = _attention_core_flops_per_sample(model, seq_length)
+    return model.num_layers * (projections + attention), 2 * hidden * model.vocab_size * seq_length
 
 
-def _attention_core_flops_per_token(model: ModelConfig, seq_length: int) -> int:
-    """FLOPs of scores and weighted values of one layer, forward, for one token."""
-    return 2 * 2 * seq_length * model.num_attention_heads * model.kv_channels
+def _attention_core_flops_per_sample(model: ModelConfig, seq_length: int) -> int:
+    """FLOPs of scores and weighted values of one layer, forward, for one sample."""
+    window = min(model.sliding_window or seq_length, seq_length)
+    return 2 * 2 * window * (2 * seq_length - window) * model.num_attention_heads * model.kv_channels
 
 
 def model_state_bytes(
@@ -121,12 +123,19 @@ def layer_activation_bytes(
     the s x s attention matrix (`5 a s / h`) is never stored because attention is fused. Those constants hold for
     multi-head attention and a 4h MLP with dropout; here they are built up from their parts: inputs of the two norms
     and of the two projections after them (8), dropout masks (2, if any); query, key, value and the attention's output
-    (8 of the 24), inputs of activation and second MLP projection (16 of the 24).
+    (8 of the 24), inputs of activation and second MLP projection (16 of the 24). Normalised queries and keys are kept
+    besides the raw ones, and a sliding window keeps keys and values repeated for each query head.
     """
     tokens = seq_length * microbatch_size
     width = DTYPE_BYTES[precision]
     along_hidden = 4 * width * model.hidden_size + (2 * model.hidden_size if model.hidden_dropout > 0 else 0)
-    heads = (2 * model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
+    query, key = model.num_attention_heads, model.num_query_groups
+    heads = 2 * query + 2 * key  # query, output; key, value
+    if model.qk_layernorm:
+        heads += query + key
+    if model.sliding_window is not None and model.sliding_window < seq_length and key < query:
+        heads += 2 * query
+    heads *= model.kv_channels
     mlp = model.ffn_hidden_size * (3 if model.is_gated else 2)
     split = width * (heads + mlp)
     if sequence_parallel:

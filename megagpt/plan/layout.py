@@ -47,9 +47,9 @@ def embedding_parameters(model: ModelConfig, vocab_rows: int) -> int:
     return (vocab_rows + positions) * model.hidden_size
 
 
-def norm_parameters(model: ModelConfig) -> int:
-    """Parameters of one normalisation: a weight, and a bias in a LayerNorm."""
-    return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+def norm_parameters(model: ModelConfig, channels: int | None = None) -> int:
+    """Parameters of one normalisation of so many channels (default: hidden_size): a weight, and a LayerNorm's bias."""
+    return (channels or model.hidden_size) * (2 if model.normalization == "LayerNorm" else 1)
 
 
 def transformer_layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
@@ -64,6 +64,8 @@ def transformer_layer_parameters(model: ModelConfig, tensor_parallel_size: int =
     fc1 = model.ffn_hidden_size * (2 if model.is_gated else 1)
     split = query_key_value * hidden + query * hidden + fc1 * hidden + model.ffn_hidden_size * hidden
     replicated = 2 * norm_parameters(model)
+    if model.qk_layernorm:
+        replicated += 2 * norm_parameters(model, model.kv_channels)
     if model.has_qkv_bias:
         split += query_key_value
     if model.add_bias_linear:

@@ -146,7 +146,7 @@ def _expand_preset(tree: dict[str, Any]) -> dict[str, Any]:
     model = tree.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("preset"), str):
         return tree
-    if all(model.get(name) is not None for name in ModelConfig.model_fields):
+    if all(name in model for name in ModelConfig.model_fields):
         # A dumped config names its preset but needs nothing from it, and must load where the preset's file is absent.
         return tree
     written = {key: value for key, value in model.items() if value is not None}

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from megagpt.plan.config import RunConfig, Section
+from megagpt.plan.config import RunConfig, Section, inner_section
 
 
 def config_reference(width: int = 100) -> str:
@@ -19,13 +19,22 @@ def config_reference(width: int = 100) -> str:
     for name, field in RunConfig.model_fields.items():
         section = field.annotation
         assert isinstance(section, type) and issubclass(section, Section)
-        lines += [f"{name}: {' '.join((section.__doc__ or '').split())}"]
-        for key, sub in section.model_fields.items():
-            lines.append(f"  {key}{_default(sub)}")
-            meaning = " ".join((sub.description or "").split())
-            lines += textwrap.wrap(meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
-        lines.append("")
+        lines += [f"{name}: {' '.join((section.__doc__ or '').split())}", *_keys(section, width, indent=2), ""]
     return "\n".join(lines).rstrip()
+
+
+def _keys(section: type[Section], width: int, indent: int) -> list[str]:
+    """Lines for the keys of a section, and for those of the sections within it."""
+    lines = []
+    for key, field in section.model_fields.items():
+        lines.append(f"{' ' * indent}{key}{_default(field)}")
+        meaning = " ".join((field.description or "").split())
+        margin = " " * (indent + 4)
+        lines += textwrap.wrap(meaning, width, initial_indent=margin, subsequent_indent=margin)
+        inner = inner_section(field)
+        if inner is not None:
+            lines += _keys(inner, width, indent + 4)
+    return lines
 
 
 def _default(field: FieldInfo) -> str:

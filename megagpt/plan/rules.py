@@ -57,7 +57,33 @@ def check_model(model: ModelConfig) -> list[str]:
             f"model.kv_channels={model.kv_channels} x model.rotary_percent={model.rotary_percent} gives {rotated} "
             "rotated channels, but they are rotated in pairs; choose values whose product is even and not 0"
         )
-    return problems
+    return [*problems, *_check_rotary_scaling(model)]
+
+
+def _check_rotary_scaling(model: ModelConfig) -> list[str]:
+    scaling = model.rotary_scaling
+    if scaling is None:
+        return []
+    if model.position_embedding_type != "rope":
+        return [
+            f"model.rotary_scaling stretches rotary frequencies, but model.position_embedding_type="
+            f"{model.position_embedding_type}; remove rotary_scaling, or use rope"
+        ]
+    if scaling.type == "linear":
+        names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        return [
+            f"model.rotary_scaling.{name}={getattr(scaling, name)} does not go with type=linear; remove it, or use "
+            "type: llama3"
+            for name in names
+            if getattr(scaling, name) is not None
+        ]
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if low is not None and high is not None and low >= high:
+        return [
+            f"model.rotary_scaling.low_freq_factor={low:g} must be less than high_freq_factor={high:g}; Llama 3.1 has "
+            "1 and 4"
+        ]
+    return []
 
 
 def check_tensor_parallel(run: RunConfig) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from megagpt.plan.config import RunConfig, is_count
+from megagpt.plan.config import RunConfig, inner_section, is_count
 
 # Keys that users of other trainers look for in the run config, and where they live here.
 DEEPSPEED_KEYS = (
@@ -102,9 +102,13 @@ def _hint_for_unknown_key(location: tuple[int | str, ...]) -> str:
     sections = {section: field.annotation for section, field in RunConfig.model_fields.items()}
     if name in DEEPSPEED_KEYS or name.startswith("micro_batch") or name in ("global_batch_size", "batch_size"):
         return "batch sizes, precision, ZeRO and clipping belong in the DeepSpeed JSON (--deepspeed_config)"
-    known = list(sections)
-    if len(location) > 1 and str(location[0]) in sections:
-        known = list(_keys_of(sections[str(location[0])]))
+    known, fields = list(sections), RunConfig.model_fields
+    for part in location[:-1]:
+        field = fields.get(str(part))
+        section = inner_section(field) if field is not None else None
+        if section is None:
+            break
+        known, fields = list(section.model_fields), section.model_fields
     homes = [section for section, kind in sections.items() if name in _keys_of(kind)]
     if homes and name not in known:
         return f"did you mean {or_list(f'{home}.{name}' for home in homes)}?"

@@ -33,6 +33,38 @@ MODELS: dict[str, tuple[str, dict]] = {
         "qwen2",
         {"add_qkv_bias": True, "kv_channels": 8, "untie_embeddings_and_output_weights": False},
     ),
+    "llama3-scaling": (
+        "llama",
+        {
+            "num_query_groups": 2,
+            "rotary_base": 50.0,
+            "rotary_scaling": {
+                "type": "llama3",
+                "factor": 5.0,
+                "low_freq_factor": 1.5,
+                "high_freq_factor": 3.0,
+                "original_max_position_embeddings": 24,
+            },
+        },
+    ),
+    "llama-linear-scaling": ("llama", {"rotary_scaling": {"type": "linear", "factor": 4.0}}),
+    "mistral": ("mistral", {"num_query_groups": 2, "sliding_window": 5}),
+    "mistral-tied-wide-window": (
+        "mistral",
+        {"sliding_window": 32, "kv_channels": 8, "untie_embeddings_and_output_weights": False},
+    ),
+    "mistral-any-heads": ("mistral", {"num_attention_heads": 5, "kv_channels": 4}),
+    "qwen2-window": ("qwen2", {"add_qkv_bias": True, "sliding_window": 7}),
+    "qwen3": ("qwen3", {"qk_layernorm": True, "num_query_groups": 2, "kv_channels": 8, "layernorm_epsilon": 1e-2}),
+    "qwen3-tied-window-bias": (
+        "qwen3",
+        {
+            "qk_layernorm": True,
+            "add_qkv_bias": True,
+            "sliding_window": 9,
+            "untie_embeddings_and_output_weights": False,
+        },
+    ),
     "gpt2-tied": ("gpt2", GPT2 | {"untie_embeddings_and_output_weights": False}),
     "gpt2-untied-gelu": ("gpt2", GPT2 | {"activation": "gelu", "ffn_hidden_size": 40}),
     "gpt2-relu": ("gpt2", GPT2 | {"activation": "relu", "add_qkv_bias": True}),
@@ -59,10 +91,31 @@ def random_weights(model: ModelConfig, seed: int = 5) -> dict[str, Tensor]:
     return weights
 
 
-def _rotated(x_BSND: Tensor, base: float, rotated: int) -> Tensor:
+def _frequencies(model: ModelConfig, rotated: int) -> Tensor:
+    """Radians per position of each pair, one after the other as arXiv 2104.09864 and Llama 3.1 say."""
+    frequencies = []
+    for pair in range(rotated // 2):
+        frequency, scaling = model.rotary_base ** (-2 * pair / rotated), model.rotary_scaling
+        if scaling is not None and scaling.type == "linear":
+            frequency /= scaling.factor
+        elif scaling is not None:
+            wavelength, length = 2 * torch.pi / frequency, scaling.original_max_position_embeddings
+            longest, shortest = length / scaling.low_freq_factor, length / scaling.high_freq_factor
+            if wavelength > longest:
+                frequency /= scaling.factor
+            elif wavelength > shortest:
+                share = (length / wavelength - scaling.low_freq_factor) / (
+                    scaling.high_freq_factor - scaling.low_freq_factor
+                )
+                frequency = (1 - share) * frequency / scaling.factor + share * frequency
+        frequencies.append(frequency)
+    return torch.tensor(frequencies, dtype=torch.float64)
+
+
+def _rotated(x_BSND: Tensor, model: ModelConfig, rotated: int) -> Tensor:
     """Rotate pairs (j, j + rotated/2) of the first `rotated` channels by complex multiplication."""
     half = rotated // 2
-    frequency = base ** (-torch.arange(half, dtype=torch.float64) * 2 / rotated)
+    frequency = _frequencies(model, rotated)
     angle = torch.arange(x_BSND.shape[1], dtype=torch.float64)[:, None, None] * frequency
     pairs = torch.complex(x_BSND[..., :half].double(), x_BSND[..., half:rotated].double())
     turned = pairs * torch.polar(torch.ones_like(angle), angle)
@@ -95,12 +148,15 @@ class ReferenceGPT:
         for head in range(self.heads):
             first = head // per_group * (per_group + 2)  # where this head's group begins
             q, k, v = qkv[first + head % per_group], qkv[first + per_group], qkv[first + per_group + 1]
+            if model.qk_layernorm:
+                q, k = (self.norm(f"{layer}.self_attention.{x}_layernorm", y) for x, y in (("q", q), ("k", k)))
             if model.position_embedding_type == "rope":
                 rotated = int(self.channels * model.rotary_percent)
-                q, k = (_rotated(x[:, :, None], model.rotary_base, rotated)[:, :, 0] for x in (q, k))
+                q, k = (_rotated(x[:, :, None], model, rotated)[:, :, 0] for x in (q, k))
             scores = q @ k.transpose(1, 2) / self.channels**0.5
-            future = torch.ones(sequence, sequence, dtype=torch.bool).triu(1)
-            outputs.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ v)
+            distance = torch.arange(sequence)[:, None] - torch.arange(sequence)
+            hidden = (distance < 0) | (distance >= (model.sliding_window or sequence))
+            outputs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v)
         return self.linear(f"{layer}.self_attention.linear_proj", torch.cat(outputs, dim=-1))
 
     def mlp(self, layer: str, x: Tensor) -> Tensor:

@@ -205,7 +205,9 @@ def test_merges_are_ordered_by_score(tmp_path):
     assert merged == sorted(merged, reverse=True)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "tied" in name or name in ("llama", "qwen2-gqa")])
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if "tied" in name or name in ("llama", "qwen2-gqa", "mistral")]
+)
 def test_exports_of_every_family_load_our_tokenizer(name, tmp_path):
     """AutoTokenizer chooses by the family: none may replace our tokenizer by its own."""
     model = ModelConfig(**model_of(name).model_dump() | {"vocab_size": 640})

@@ -13,7 +13,9 @@ from megagpt.convert.tables import FAMILIES, family_for
 from megagpt.errors import ConversionError
 from megagpt.plan.config import ModelConfig
 
-ALL = [(name, tokenizer) for name in MODELS for tokenizer in (False, True) if not tokenizer or "qwen2" in name]
+# With our tokenizer a model of Qwen2 becomes a Llama, which has no window.
+AS_LLAMA = ("qwen2-gqa", "qwen2-tied-wide-heads")
+ALL = [(name, tokenizer) for name in MODELS for tokenizer in (False, True) if not tokenizer or name in AS_LLAMA]
 
 
 def to_hf_model(model: ModelConfig, weights: dict, own_tokenizer: bool, tmp_path) -> torch.nn.Module:
@@ -95,8 +97,20 @@ IMPOSSIBLE = {
         {"position_embedding_type": "learned_absolute"},
         {"llama": "position_embedding_type=learned_absolute", "gpt2": "normalization=RMSNorm"},
     ),
+    "a window in a biased Llama": (
+        {"sliding_window": 8, "add_bias_linear": True},
+        {"llama": "model.sliding_window=8 (can be null)", "mistral": "model.add_bias_linear=True (can be False)"},
+    ),
+    "normalised heads in NeoX": (NEOX | {"qk_layernorm": True}, {"gpt_neox": "model.qk_layernorm=True"}),
+    "stretched NeoX": (
+        NEOX | {"rotary_scaling": {"type": "linear", "factor": 2.0}},
+        {"gpt_neox": "model.rotary_scaling={type='linear' factor=2.0"},
+    ),
     "odd rotary": (NEOX | {"rotary_percent": 0.4}, {"gpt_neox": "3 rotated channels"}),
-    "hidden not a multiple of heads": ({"num_attention_heads": 5, "kv_channels": 4}, {"llama": "model.hidden_size=24"}),
+    "hidden not a multiple of heads": (
+        {"num_attention_heads": 5, "kv_channels": 4, "add_bias_linear": True},
+        {"llama": "model.hidden_size=24"},
+    ),
 }
 
 

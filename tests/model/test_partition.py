@@ -17,6 +17,7 @@ KINDS = {
     "layers.11.self_attention.linear_qkv.bias": Partition(0),
     "layers.0.self_attention.linear_proj.weight": Partition(1),
     "layers.0.self_attention.linear_proj.bias": Partition(None),
+    "layers.0.self_attention.q_layernorm.weight": Partition(None),
     "layers.0.pre_mlp_layernorm.bias": Partition(None),
     "layers.0.mlp.linear_fc1.weight": Partition(0, gated=True),
     "layers.0.mlp.linear_fc1.bias": Partition(0, gated=True),

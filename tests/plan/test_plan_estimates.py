@@ -54,6 +54,13 @@ def test_grouped_queries_and_gates_change_flops_as_their_matrices_do():
     assert gated - base == 6 * B * S * L * H * 4 * H
 
 
+@pytest.mark.parametrize("window", [1, 500, 2047, 2048, 4096])
+def test_a_window_counts_its_band_of_the_matrix(window):
+    full, windowed = (model_flops_per_step(megatron_model(**keys), S, B) for keys in ({}, {"sliding_window": window}))
+    hidden = sum(max(position + 1 - window, 0) for position in range(S))  # seen without a window, but not with it
+    assert full - windowed == 12 * B * L * H * (2 * hidden - max(S - window, 0))
+
+
 @pytest.mark.parametrize(
     ("billions", "ranks", "stage", "gigabytes"),
     [(7.5, 64, 1, 31.4), (7.5, 64, 2, 16.6), (7.5, 64, 3, 1.88), (1000, 1024, 3, 15.6), (128, 64, 2, 284)],

@@ -198,3 +198,21 @@ def test_broken_files(tmp_path, content, words):
 def test_absent_file(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         load_run_config(tmp_path / "none.yaml")
+
+
+def test_a_section_within_a_section_is_checked_key_by_key():
+    scaling = {"type": "llama3", "factor": 0.5, "low_freq": 1.0}
+    tree = {"model": {"preset": "llama3.2-1b", "rotary_scaling": scaling}, "training": {"steps": 1}}
+    with pytest.raises(ConfigError) as caught:
+        run_config_from_dict(tree)
+    factor, unknown = caught.value.problems
+    assert "model.rotary_scaling.factor=0.5 must be at least 1" in factor
+    assert "model.rotary_scaling.low_freq: unknown key; did you mean low_freq_factor?" in unknown
+
+
+def test_llama3_scaling_has_published_defaults():
+    tree = {"model": {"preset": "llama3-8b", "rotary_scaling": {"type": "llama3", "factor": 8.0}}}
+    model = run_config_from_dict({**tree, "training": {"steps": 1}}).model
+    assert model.rotary_scaling == run_config_from_dict(
+        {"model": {"preset": "llama3.1-8b"}, "training": {"steps": 1}}
+    ).model.rotary_scaling  # fmt: skip

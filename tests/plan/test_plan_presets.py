@@ -13,8 +13,16 @@ DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 PUBLISHED_PARAMETERS = {
     "gpt2-124m": 124_439_808,
     "gpt-neox-20b": 20_554_567_680,
+    "llama2-7b": 6_738_415_616,
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
     "tinyllama-1.1b": 1_100_048_384,
 }
 

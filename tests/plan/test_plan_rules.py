@@ -15,6 +15,8 @@ MODEL = {
     "max_position_embeddings": 64,
 }
 DISTRIBUTED = {"recompute_granularity": "full", "distribute_saved_activations": True}
+LEARNED = {"position_embedding_type": "learned_absolute"}
+LINEAR = {"type": "linear", "factor": 2.0}
 BF16 = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 8, "bf16": {"enabled": True}}
 
 
@@ -82,6 +84,19 @@ def parallel(tensor=1, pipeline=1, sequence=False):
         ),
         ({"model": {"kv_channels": 7}}, {}, 1, "gives 7 rotated channels"),
         ({"model": {"rotary_percent": 0.1}}, {}, 1, "gives 0 rotated channels"),
+        ({"model": {"rotary_scaling": LINEAR, **LEARNED}}, {}, 1, "model.rotary_scaling stretches rotary frequencies"),
+        (
+            {"model": {"rotary_scaling": {**LINEAR, "low_freq_factor": 2.0}}},
+            {},
+            1,
+            "model.rotary_scaling.low_freq_factor=2.0 does not go with type=linear; remove it",
+        ),
+        (
+            {"model": {"rotary_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 4.0}}},
+            {},
+            1,
+            "model.rotary_scaling.low_freq_factor=4 must be less than high_freq_factor=4",
+        ),
         (
             {"model": {"num_query_groups": 12}, "parallel": parallel(8)},
             {},

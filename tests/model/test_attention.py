@@ -1,0 +1,59 @@
+"""Attention cores against attention written out."""
+
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("libraries")
+
+B, N, G, S, D = 2, 4, 2, 37, 8
+
+
+def inputs(groups: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(B, heads, S, D, generator=generator).double() for heads in (N, groups, groups)]
+
+
+def written_out(query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
+    """Every score, then the mask, then softmax."""
+    key, value = (x.repeat_interleave(N // x.shape[1], 1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scale
+    distance = torch.arange(S)[:, None] - torch.arange(S)
+    hidden = (distance < 0) | (distance >= (window or S))
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
+
+
+@pytest.mark.parametrize("groups", [N, G, 1])
+@pytest.mark.parametrize("window", [None, 1, 5, 18, 19, S - 1, S, 100])
+def test_values_and_gradients(window, groups):
+    from megagpt.model.causal_attention import causal_attention
+
+    tensors = inputs(groups)
+    weights = torch.randn(B, N, S, D, generator=torch.Generator().manual_seed(1)).double()
+    results = []
+    for attend in (causal_attention, written_out):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        out = attend(*leaves, scale=0.3, window=window)
+        (out * weights).sum().backward()
+        results.append([out, *(leaf.grad for leaf in leaves)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_window_keeps_no_scores_for_the_backward_pass():
+    """What is kept grows with the length, not with its square."""
+    from megagpt.model.causal_attention import causal_attention
+
+    def kept(length: int) -> int:
+        sizes = {}
+        query, key = (torch.randn(1, heads, length, D, requires_grad=True) for heads in (N, G))
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            causal_attention(query, key, key, window=32)
+        return sum(sizes.values())
+
+    assert kept(1024) < 2.2 * kept(512)
