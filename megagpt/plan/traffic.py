@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megagpt.plan.estimates import DTYPE_BYTES
-from megagpt.plan.layout import stage_parameters_per_rank
+from megagpt.plan.layout import norm_parameters, stage_parameters_per_rank
 from megagpt.plan.plan import Plan
 from megagpt.plan.recompute import layer_runs
 
@@ -102,10 +102,10 @@ def _tensor_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
         yield transfer("layers", "reduce_scatter", 2 * forwards + 2 * layers)
         yield transfer("head", "all_gather", 2 * last)
         yield transfer("head", "reduce_scatter", 1 * last)
-        yield from _sequence_parallel_gradients(plan, layers, last)
     else:
         yield transfer("layers", "all_reduce", 2 * forwards + 2 * layers)
         yield transfer("head", "all_reduce", 1 * last)
+    yield _partial_gradients(plan, layers, last)
     if first:
         # Learned positions are added before the sequence is split, so that the words' sum is needed in whole.
         split_at_once = sequence and model.position_embedding_type != "learned_absolute"
@@ -117,13 +117,21 @@ def _tensor_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
         yield Transfer("loss", "tensor", "all_reduce", size, 3 * 4 * tokens * passes)
 
 
-def _sequence_parallel_gradients(plan: Plan, layers: int, last: bool) -> Iterator[Transfer]:
-    """Gradients of what works on a part of the sequence (norms, biases after a split matrix), once per micro-batch."""
+def _partial_gradients(plan: Plan, layers: int, last: bool) -> Transfer:
+    """Gradients of whole parameters that work on a part of the sequence or of the heads, once per micro-batch.
+
+    The former are norms and the biases after a split matrix under sequence parallelism; the latter the norms of queries
+    and keys, always.
+    """
     model = plan.model
-    per_norm = 2 if model.normalization == "LayerNorm" else 1
-    vectors = layers * (2 * per_norm + 2 * model.add_bias_linear) + per_norm * last
-    payload = vectors * model.hidden_size * DTYPE_BYTES[plan.precision] * plan.num_microbatches
-    yield Transfer("gradients of norms and biases", "tensor", "all_reduce", plan.tensor_parallel_size, payload)
+    elements = 0
+    if plan.run.parallel.sequence_parallel:
+        elements += (2 * layers + last) * norm_parameters(model)
+        elements += 2 * layers * model.hidden_size if model.add_bias_linear else 0
+    if model.qk_layernorm:
+        elements += 2 * layers * norm_parameters(model, model.kv_channels)
+    payload = elements * DTYPE_BYTES[plan.precision] * plan.num_microbatches
+    return Transfer("gradients of norms and biases", "tensor", "all_reduce", plan.tensor_parallel_size, payload)
 
 
 def _pipeline(plan: Plan, stage: int) -> Iterator[Transfer]:

@@ -188,6 +188,7 @@ LAYOUTS = [
     {"model": "gpt2", "tp": 2, "pp": 2, "sp": True},
     {"model": "gpt2", "tp": 2, "dp": 2, "zero": 2, "sp": True},
     {"model": "neox", "tp": 2, "sp": True},
+    {"model": "qwen3", "tp": 2, "sp": True},
     {"dp": 2, "zero": 1, "zero_keys": {}},
     {"dp": 2, "zero": 1, "zero_keys": {"use_multi_rank_bucket_allreduce": False}},
     {"dp": 2, "zero": 2, "zero_keys": {}},
