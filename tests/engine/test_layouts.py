@@ -81,7 +81,7 @@ LAYOUTS = [
     ("neox", SGD, {"tp": 2, "pp": 2}),
     ("qwen3", SGD, {"tp": 2}),
     ("qwen3", SGD, {"tp": 2, "sp": True, "dp": 2}),
-    ("qwen3", ADAM, {"tp": 2, "pp": 2, "sp": True, "recompute": "full"}),
+    ("qwen3", ADAM, {"tp": 2, "pp": 2, "sp": True, "recompute": {"recompute_granularity": "selective"}}),
 ]
 
 
