@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+PipelinePartition = Literal["uniform", "parameters"] | Annotated[tuple[NonNegative, ...], Strict(False)]
 
 
 def is_count(value: Any) -> bool:
@@ -162,6 +163,9 @@ class ParallelConfig(Section):
     """Ranks that share each layer (TP)."""
     pipeline_model_parallel_size: Positive = 1
     """Pipeline stages (PP)."""
+    pipeline_partition: PipelinePartition = "uniform"
+    """Transformer layers per stage: `uniform` (as evenly as possible), `parameters` (the largest stage is as small as
+    it can be, embedding and head weighed in) or a list of their numbers such as [7, 8, 8, 7]."""
     sequence_parallel: bool = False
     """Split norms and dropouts along the sequence over the tensor-parallel ranks."""
     make_vocab_size_divisible_by: Positive = 128

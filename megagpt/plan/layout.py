@@ -3,7 +3,12 @@
 A model is a list of L + 3 pipeline layers: [embedding, L transformer layers, final norm, head].
 """
 
-from megagpt.plan.config import ModelConfig
+import bisect
+import itertools
+import math
+from collections.abc import Sequence
+
+from megagpt.plan.config import ModelConfig, PipelinePartition
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
@@ -12,27 +17,119 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: 
     return -(-vocab_size // multiple) * multiple
 
 
-def pipeline_stage_bounds(num_layers: int, pipeline_parallel_size: int) -> tuple[int, ...]:
-    """Spread the pipeline layers over the stages.
+def pipeline_stage_bounds(
+    model: ModelConfig,
+    pipeline_parallel_size: int,
+    partition: PipelinePartition = "uniform",
+    tensor_parallel_size: int = 1,
+    padded_vocab: int | None = None,
+) -> tuple[int, ...]:
+    """Cut the list of pipeline layers into stages.
 
-    Transformer layers are spread as evenly as possible. Of the stages that get one more, the middle ones come first,
-    since the first and last also hold embedding and head; among them the later ones, which keep the activations of
-    fewer micro-batches under 1F1B.
+    Args:
+        model: the architecture.
+        pipeline_parallel_size: number of stages.
+        partition: "uniform", "parameters" or the number of transformer layers of each stage.
+        tensor_parallel_size: "parameters" balances what one rank holds.
+        padded_vocab: rows of the embedding table over all tensor-parallel ranks; the vocabulary itself by default.
 
     Returns:
         PP + 1 indices into the list of L + 3 pipeline layers: stage p holds `bounds[p] .. bounds[p + 1] - 1`.
     """
-    stages = pipeline_parallel_size
+    if partition == "uniform":
+        counts = _uniform_counts(model.num_layers, pipeline_parallel_size)
+    elif partition == "parameters":
+        sizes = pipeline_layer_parameters(
+            model, pipeline_parallel_size, tensor_parallel_size, padded_vocab or model.vocab_size
+        )
+        counts = balanced_counts(sizes, pipeline_parallel_size)
+    else:
+        counts = list(partition)
+    assert len(counts) == pipeline_parallel_size and sum(counts) == model.num_layers, counts
+    bounds = [0, *(1 + done for done in itertools.accumulate(counts))]
+    bounds[-1] = model.num_layers + 3  # final norm and head
+    return tuple(bounds)
+
+
+def _uniform_counts(num_layers: int, stages: int) -> list[int]:
+    """Transformer layers per stage, as evenly as possible.
+
+    Of the stages that get one more, the middle ones come first, since the first and last also hold embedding and head;
+    among them the later ones, which keep the activations of fewer micro-batches under 1F1B.
+    """
     assert 1 <= stages <= num_layers, (stages, num_layers)
     counts = [num_layers // stages] * stages
     middle_then_ends = [*range(stages - 2, 0, -1), 0, stages - 1]
     for stage in middle_then_ends[: num_layers % stages]:
         counts[stage] += 1
-    bounds = [0, 1 + counts[0]]
-    for count in counts[1:]:
-        bounds.append(bounds[-1] + count)
-    bounds[-1] = num_layers + 3  # final norm and head
-    return tuple(bounds)
+    return counts
+
+
+def balanced_counts(sizes: Sequence[int], stages: int) -> list[int]:
+    """Transformer layers per stage such that the largest stage is as small as it can be.
+
+    Of the partitions with that smallest maximum it is the one with the least sum of squares (the most even one), and of
+    several the one with more layers in later stages, which keep the activations of fewer micro-batches under 1F1B. The
+    last stage may hold no transformer layer, if the head fills it.
+
+    Args:
+        sizes: of all pipeline layers: [embedding, transformer layers, final norm, head].
+        stages: number of stages, at most the number of transformer layers + 1.
+    """
+    # the embedding goes with the first layer, the final norm with the head
+    parts = [sizes[0] + sizes[1], *sizes[2:-2], sizes[-2] + sizes[-1]]
+    assert 1 <= stages <= len(parts), (stages, len(parts))
+    sums = [0, *itertools.accumulate(parts)]
+    largest = _smallest_maximum(parts, sums, stages)
+    table: list[tuple[float, int]] = [(math.inf, 0)] * len(parts) + [(0, 0)]  # what no stage holds: no parts
+    tables = []
+    for _ in range(stages):
+        table = [*(_cheapest_cut(sums, start, table, largest) for start in range(len(parts))), (math.inf, 0)]
+        tables.append(table)
+    counts, start = [], 0
+    for table in reversed(tables):
+        _, end = table[start]
+        counts.append(end - start)
+        start = end
+    counts[-1] -= 1
+    return counts
+
+
+def _cheapest_cut(
+    sums: Sequence[int], start: int, rest: Sequence[tuple[float, int]], largest: int
+) -> tuple[float, int]:
+    """Least sum of squares of stages that begin with part `start`, and where the first of them ends.
+
+    Args:
+        sums: cumulative sizes of the parts, from 0.
+        start: first part.
+        rest: the same for one stage less, by first part.
+        largest: limit of each stage.
+    """
+    best = (math.inf, start)
+    for end in range(start + 1, len(sums)):
+        size = sums[end] - sums[start]
+        if size > largest:
+            break
+        best = min(best, (size**2 + rest[end][0], end))  # of equally good cuts the earliest: later stages hold more
+    return best
+
+
+def _smallest_maximum(parts: Sequence[int], sums: Sequence[int], stages: int) -> int:
+    """Least value that the largest of `stages` contiguous, non-empty stages can have: bisection over all their sums."""
+
+    def fits(limit: int) -> bool:
+        needed, filled = 1, 0
+        for part in parts:
+            if filled + part > limit:
+                needed, filled = needed + 1, 0
+            filled += part
+        return needed <= stages  # fewer are enough: a stage of several layers can be cut again
+
+    low = max(parts)
+    candidates = sorted({sums[j] - sums[i] for i in range(len(parts)) for j in range(i + 1, len(sums))})
+    candidates = candidates[bisect.bisect_left(candidates, low) :]
+    return candidates[bisect.bisect_left(candidates, True, key=fits)]
 
 
 def transformer_layers_of_stage(bounds: tuple[int, ...], stage: int) -> range:
@@ -81,20 +178,26 @@ def count_parameters(model: ModelConfig) -> int:
     return embedding_parameters(model, model.vocab_size) + layers + norm_parameters(model) + head
 
 
+def pipeline_layer_parameters(
+    model: ModelConfig, pipeline_parallel_size: int, tensor_parallel_size: int, padded_vocab: int
+) -> list[int]:
+    """Parameters that one rank holds of each of the L + 3 pipeline layers, padding included, before ZeRO shards any.
+
+    With tied embeddings the last of several stages holds its own copy of the word embedding, as the head.
+    """
+    vocab_rows = padded_vocab // tensor_parallel_size
+    has_head = model.untie_embeddings_and_output_weights or pipeline_parallel_size > 1
+    return [
+        embedding_parameters(model, vocab_rows),
+        *[transformer_layer_parameters(model, tensor_parallel_size)] * model.num_layers,
+        norm_parameters(model),
+        vocab_rows * model.hidden_size if has_head else 0,
+    ]
+
+
 def stage_parameters_per_rank(
     model: ModelConfig, bounds: tuple[int, ...], stage: int, tensor_parallel_size: int, padded_vocab: int
 ) -> int:
-    """Parameters that one rank of a stage holds, padding included and before ZeRO shards anything.
-
-    With tied embeddings the last stage holds its own copy of the word embedding.
-    """
-    first, last = stage == 0, stage == len(bounds) - 2
-    vocab_rows = padded_vocab // tensor_parallel_size
-    total = len(transformer_layers_of_stage(bounds, stage)) * transformer_layer_parameters(model, tensor_parallel_size)
-    if first:
-        total += embedding_parameters(model, vocab_rows)
-    if last:
-        total += norm_parameters(model)
-        if model.untie_embeddings_and_output_weights or not first:
-            total += vocab_rows * model.hidden_size
-    return total
+    """Parameters that one rank of a stage holds, padding included and before ZeRO shards anything."""
+    sizes = pipeline_layer_parameters(model, len(bounds) - 1, tensor_parallel_size, padded_vocab)
+    return sum(sizes[bounds[stage] : bounds[stage + 1]])

@@ -137,7 +137,7 @@ def make_plan(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> Pl
     # 16-bit sums over many micro-batches lose small gradients, so fp32 unless the JSON asks otherwise
     grad_accum_dtype = deepspeed.grad_accum_dtype or "fp32"
     padded_vocab = padded_vocab_size(model.vocab_size, run.parallel.make_vocab_size_divisible_by, tensor)
-    bounds = pipeline_stage_bounds(model.num_layers, pipeline)
+    bounds = pipeline_stage_bounds(model, pipeline, run.parallel.pipeline_partition, tensor, padded_vocab)
     return Plan(
         run=run,
         deepspeed=deepspeed,

@@ -53,9 +53,9 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
 def stage_contents(plan: Plan, stage: int) -> str:
     """Name the pipeline layers of one stage, such as `embedding, layers 0-15`; layers count from 0."""
     layers = plan.transformer_layers_of_stage(stage)
-    span = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
     parts = ["embedding"] if stage == 0 else []
-    parts.append(span)
+    if layers:
+        parts.append(f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}")
     if stage == plan.pipeline_parallel_size - 1:
         parts += ["final norm", "head"]
     return ", ".join(parts)

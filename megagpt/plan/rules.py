@@ -111,19 +111,51 @@ def check_tensor_parallel(run: RunConfig) -> list[str]:
 
 
 def check_pipeline(run: RunConfig, deepspeed: DeepSpeedConfig) -> list[str]:
-    """Every stage needs a transformer layer; ZeRO 2 and 3 do not go with stages."""
-    problems = []
-    layers, stages = run.model.num_layers, run.parallel.pipeline_model_parallel_size
-    if layers < stages:
-        problems.append(
-            f"model.num_layers={layers} is less than parallel.pipeline_model_parallel_size={stages}; use at most "
-            f"{layers} stages"
-        )
+    """Every stage needs a layer; ZeRO 2 and 3 do not go with stages."""
+    stages = run.parallel.pipeline_model_parallel_size
+    problems = check_pipeline_partition(run)
     if stages > 1 and deepspeed.zero_stage >= 2:
         problems.append(
             f"{deepspeed.source}: zero_optimization.stage={deepspeed.zero_stage} does not go with "
             f"parallel.pipeline_model_parallel_size={stages} (DeepSpeed's pipeline engine refuses it); "
             "use stage 1, or pipeline_model_parallel_size=1"
+        )
+    return problems
+
+
+def check_pipeline_partition(run: RunConfig) -> list[str]:
+    """The transformer layers must go around.
+
+    Only the last stage can do without one: DeepSpeed reduces the gradient norm once per parameter group, so that every
+    stage needs matrices as well as norms or biases, and would wait for a stage that has the embedding alone for ever.
+    """
+    layers, stages = run.model.num_layers, run.parallel.pipeline_model_parallel_size
+    partition = run.parallel.pipeline_partition
+    if isinstance(partition, str):
+        most = layers if partition == "uniform" else layers + 1
+        if stages <= most:
+            return []
+        few = "" if partition == "uniform" else " - 1 (the last may hold the head alone)"
+        return [
+            f"model.num_layers={layers} is less than parallel.pipeline_model_parallel_size={stages}{few}; use at most "
+            f"{most} stages"
+        ]
+    key = f"parallel.pipeline_partition={list(partition)}"
+    problems = []
+    if len(partition) != stages:
+        problems.append(
+            f"{key} has {len(partition)} numbers, but parallel.pipeline_model_parallel_size={stages}; write one number "
+            "per stage"
+        )
+    if sum(partition) != layers:
+        problems.append(
+            f"{key} adds up to {sum(partition)}, but model.num_layers={layers}; change the numbers so that they add up "
+            f"to {layers}"
+        )
+    if 0 in partition[:-1]:
+        problems.append(
+            f"{key} leaves stage {partition.index(0)} without a layer; only the last stage, which has the head, may "
+            "hold no transformer layer"
         )
     return problems
 

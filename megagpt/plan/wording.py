@@ -27,6 +27,14 @@ DERIVED_KEYS = {
     ("optimizer", "decay_steps"),
 }
 
+# Values of several parts, judged as a whole.
+WHOLE_VALUES: dict[tuple[int | str, ...], str] = {
+    ("data", "split"): "a list of three numbers such as [90, 5, 5]",
+    ("parallel", "pipeline_partition"): (
+        "uniform, parameters, or a list with the number of transformer layers of each stage such as [7, 8, 8, 7]"
+    ),
+}
+
 
 def or_list(values: Iterable[object]) -> str:
     """Join values as `1, 2 or 4`."""
@@ -59,9 +67,10 @@ def describe_validation_error(error: ValidationError, tree: dict[str, Any]) -> l
 def _describe_finding(finding: ErrorDetails, tree: dict[str, Any]) -> str | None:
     """Word one finding; None if it only follows from another one that is reported too."""
     location = finding["loc"]
-    if location[:2] == ("data", "split"):
-        return "data.split must be a list of three numbers such as [90, 5, 5]"
-    key = ".".join(str(part) for part in location)
+    if location[:2] in WHOLE_VALUES:
+        section, key = map(str, location[:2])
+        return f"{section}.{key}={tree[section][key]!r} must be {WHOLE_VALUES[location[:2]]}"
+    key = ".".join(map(str, location))
     if finding["type"] == "missing":
         return _describe_missing(location, tree)
     if location in DERIVED_KEYS and not _is_written(location, tree):

@@ -1,5 +1,7 @@
 """Every layout gives the loss curve and gradient norms of one process without DeepSpeed."""
 
+import json
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -7,15 +9,25 @@ from tiny import ADAM, GLOBAL_BATCH, MICRO_BATCH, SGD, micro_batch, rank_batches
 
 pytestmark = pytest.mark.usefixtures("libraries")
 
+LAYOUTS_PER_PROCESS = 6
+"""Starting a set of processes takes longer than a layout's steps; but one that fails takes its companions along."""
+Curve = list[tuple[float, float]]
+"""Loss and gradient norm of each step."""
 
-def reference_curve(plan) -> list[tuple[float, float]]:
-    """Loss and gradient norm per step of a plain torch loop around the same model."""
-    from megagpt.engine.engine import named_parameters
-    from megagpt.model import GPT, initialize_weights
-    from megagpt.optim import build_optimizer
+
+def reference_curves(plans) -> list[Curve]:
+    """Curves of plain torch loops around the same models."""
     from megagpt.parallel.ranks import start_single_process
 
     start_single_process()
+    return [reference_curve(plan) for plan in plans]
+
+
+def reference_curve(plan) -> Curve:
+    from megagpt.engine.engine import named_parameters
+    from megagpt.model import GPT, initialize_weights
+    from megagpt.optim import build_optimizer
+
     model = GPT(plan)
     initialize_weights(named_parameters(model, plan), plan, 0)
     optimizer = build_optimizer(named_parameters(model, plan), plan)
@@ -33,8 +45,18 @@ def reference_curve(plan) -> list[tuple[float, float]]:
     return curve
 
 
-def engine_curve(plan) -> list[tuple[float, float]]:
-    """Loss and gradient norm per step under DeepSpeed, on this rank."""
+def engine_curves(plans) -> list[Curve]:
+    """Curves of runs under DeepSpeed, one after the other on the same ranks."""
+    from megatron.core import parallel_state
+
+    curves = []
+    for plan in plans:
+        curves.append(engine_curve(plan))
+        parallel_state.destroy_model_parallel()  # the processes stay together, only their layout changes
+    return curves
+
+
+def engine_curve(plan) -> Curve:
     from megagpt.engine import build_engine
     from megagpt.parallel.launch import detect_launch
     from megagpt.parallel.ranks import start_ranks
@@ -48,19 +70,32 @@ def engine_curve(plan) -> list[tuple[float, float]]:
     return curve
 
 
-@pytest.fixture(scope="module")
-def reference(libraries):
-    cache = {}
-
-    def get(model, optimizer):
-        key = (model, optimizer["name"])
-        if key not in cache:
-            cache[key] = run_ranks(reference_curve, 1, tiny_plan(model, optimizer))[0]
-        return cache[key]
-
-    return get
-
-
+# Models besides those of tiny.py: the model that they change, and how.
+TIED = {"untie_embeddings_and_output_weights": False}
+UNTIED = {"untie_embeddings_and_output_weights": True}
+SHAPES: dict[str, tuple[str, dict]] = {
+    "llama-tied": ("llama", TIED),
+    "gpt2-untied": ("gpt2", UNTIED),
+    # layers, heads and vocabulary that are odd
+    "odd": (
+        "llama",
+        {"num_layers": 7, "num_attention_heads": 3, "num_query_groups": 3, "kv_channels": 16, "vocab_size": 257},
+    ),
+    "odd-tied": (
+        "llama",
+        {
+            "num_layers": 7,
+            "num_attention_heads": 5,
+            "num_query_groups": 1,
+            "kv_channels": 16,
+            "vocab_size": 257,
+            **TIED,
+        },
+    ),
+    "5-layers": ("llama", {"num_layers": 5}),
+    "5-layers-tied": ("gpt2", {"num_layers": 5}),
+}
+# Model, optimizer and layout. Adam hides errors in the scale of gradients, so most use SGD with clipping.
 LAYOUTS = [
     ("llama", ADAM, {}),
     ("llama", ADAM, {"tp": 2}),
@@ -82,7 +117,51 @@ LAYOUTS = [
     ("qwen3", SGD, {"tp": 2}),
     ("qwen3", SGD, {"tp": 2, "sp": True, "dp": 2}),
     ("qwen3", ADAM, {"tp": 2, "pp": 2, "sp": True, "recompute": {"recompute_granularity": "selective"}}),
+    ("odd", SGD, {"pp": 2, "partition": "parameters"}),
+    ("odd-tied", ADAM, {"pp": 2, "partition": "parameters"}),
+    ("5-layers", SGD, {"pp": 4, "partition": [1, 1, 2, 1]}),
+    ("5-layers-tied", SGD, {"pp": 4, "partition": [1, 1, 2, 1]}),
+    ("5-layers", ADAM, {"pp": 4, "partition": [1, 2, 2, 0]}),
+    ("5-layers-tied", SGD, {"tp": 2, "pp": 2, "partition": [5, 0]}),
 ]
+
+
+def plan_of(shape: str, optimizer: dict, tp=1, pp=1, dp=1, partition="uniform", **layout):
+    """The Plan of one of the LAYOUTS."""
+    model, keys = SHAPES.get(shape, (shape, {}))
+    sections = {"model": keys, "parallel": {"pipeline_partition": partition}}
+    return tiny_plan(model, optimizer, tp=tp, pp=pp, dp=dp, sections=sections, **layout)
+
+
+@pytest.fixture(scope="module")
+def references(libraries):
+    """Reference curves by shape and optimizer."""
+    keys = list(dict.fromkeys((shape, optimizer["name"]) for shape, optimizer, _ in LAYOUTS))
+    optimizers = {"adamw": ADAM, "sgd": SGD}
+    plans = [plan_of(shape, optimizers[name]) for shape, name in keys]
+    return dict(zip(keys, run_ranks(reference_curves, 1, plans)[0], strict=True))
+
+
+@pytest.fixture(scope="module")
+def curves(libraries):
+    """Curves of a layout on every rank. What follows it in LAYOUTS with as many ranks is run in the same processes."""
+    found: dict[str, tuple[Curve, ...]] = {}
+
+    def get(wanted: str) -> tuple[Curve, ...]:
+        if wanted not in found:
+            plans = {layout_key(*case): plan_of(*case[:2], **case[2]) for case in LAYOUTS}
+            world_size = plans[wanted].world_size
+            keys = [key for key in plans if key not in found and plans[key].world_size == world_size]
+            batch = keys[keys.index(wanted) :][:LAYOUTS_PER_PROCESS]
+            by_rank = run_ranks(engine_curves, world_size, [plans[key] for key in batch])
+            found.update(zip(batch, zip(*by_rank, strict=True), strict=True))
+        return found[wanted]
+
+    return get
+
+
+def layout_key(shape: str, optimizer: dict, layout: dict) -> str:
+    return json.dumps([shape, optimizer["name"], layout])
 
 
 def layout_id(value) -> str:
@@ -91,11 +170,13 @@ def layout_id(value) -> str:
     return value["name"] if "name" in value else "-".join(f"{key}{size}" for key, size in value.items()) or "single"
 
 
-@pytest.mark.parametrize(("model", "optimizer", "layout"), LAYOUTS, ids=layout_id)
-def test_layout_gives_the_single_process_curve(reference, model, optimizer, layout):
-    plan = tiny_plan(model, optimizer, **layout)
-    expected_losses, expected_norms = zip(*reference(model, optimizer), strict=True)
-    for curve in run_ranks(engine_curve, plan.world_size, plan):
+@pytest.mark.parametrize(("shape", "optimizer", "layout"), LAYOUTS, ids=layout_id)
+def test_layout_gives_the_single_process_curve(references, curves, shape, optimizer, layout):
+    plan = plan_of(shape, optimizer, **layout)
+    expected_losses, expected_norms = zip(*references[shape, optimizer["name"]], strict=True)
+    found = curves(layout_key(shape, optimizer, layout))
+    assert len(found) == plan.world_size
+    for curve in found:
         losses, norms = zip(*curve, strict=True)
         assert losses == pytest.approx(expected_losses, abs=1e-5)
         assert norms == pytest.approx(expected_norms, rel=1e-5)
@@ -103,10 +184,10 @@ def test_layout_gives_the_single_process_curve(reference, model, optimizer, layo
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"dp": 2, "zero": 2}, {"tp": 2, "zero": 3}], ids=layout_id)
-def test_bf16_stays_near_the_fp32_curve(reference, layout):
+def test_bf16_stays_near_the_fp32_curve(references, layout):
     plan = tiny_plan("llama", ADAM, precision="bf16", **layout)
-    expected_losses, _ = zip(*reference("llama", ADAM), strict=True)
-    for curve in run_ranks(engine_curve, plan.world_size, plan):
+    expected_losses, _ = zip(*references["llama", "adamw"], strict=True)
+    for (curve,) in run_ranks(engine_curves, plan.world_size, [plan]):
         losses, _ = zip(*curve, strict=True)
         # bf16 keeps 8 bits: rounding moves a loss near 5 by some hundredths at most
         assert losses == pytest.approx(expected_losses, abs=0.05)

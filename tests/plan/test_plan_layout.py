@@ -1,12 +1,16 @@
 """Stages, padding and parameter counts."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megagpt.plan import run_config_from_dict
 from megagpt.plan.layout import (
+    balanced_counts,
     count_parameters,
+    embedding_parameters,
     padded_vocab_size,
     pipeline_stage_bounds,
     stage_parameters_per_rank,
@@ -34,20 +38,76 @@ def small_model(**keys):
         (3, 3, (0, 2, 3, 6)),
     ],
 )
-def test_stage_bounds(num_layers, stages, bounds):
-    assert pipeline_stage_bounds(num_layers, stages) == bounds
+def test_uniform_stages(num_layers, stages, bounds):
+    assert pipeline_stage_bounds(small_model(num_layers=num_layers), stages) == bounds
 
 
 @given(stages=st.integers(1, 40), more=st.integers(0, 120))
-def test_stages_hold_each_layer_once_and_evenly(stages, more):
+def test_uniform_stages_hold_each_layer_once_and_evenly(stages, more):
     num_layers = stages + more
-    bounds = pipeline_stage_bounds(num_layers, stages)
+    bounds = pipeline_stage_bounds(small_model(num_layers=num_layers), stages)
     layers = [transformer_layers_of_stage(bounds, stage) for stage in range(stages)]
     assert [layer for stage in layers for layer in stage] == list(range(num_layers))
     counts = [len(stage) for stage in layers]
     assert max(counts) - min(counts) <= 1
     assert counts[-1] == min(counts)
     assert (bounds[0], bounds[-1]) == (0, num_layers + 3)
+
+
+def every_partition(sizes, stages):
+    """All ways to cut the pipeline layers: the embedding stays with layer 0, the final norm with the head."""
+    num_layers = len(sizes) - 3
+    for cuts in itertools.combinations(range(2, num_layers + 2), stages - 1):
+        yield (0, *cuts, num_layers + 3)
+
+
+def stage_sizes(sizes, bounds):
+    return [sum(sizes[first:last]) for first, last in itertools.pairwise(bounds)]
+
+
+@given(
+    layers=st.lists(st.integers(1, 9), min_size=1, max_size=7),
+    ends=st.tuples(st.integers(1, 30), st.integers(1, 2), st.integers(0, 30)),
+    data=st.data(),
+)
+def test_balanced_stages_have_the_smallest_maximum_and_then_the_least_spread(layers, ends, data):
+    sizes = [ends[0], *layers, *ends[1:]]
+    stages = data.draw(st.integers(1, len(layers) + 1))
+    counts = balanced_counts(sizes, stages)
+    assert sum(counts) == len(layers)
+    assert all(counts[:-1])
+    bounds = (0, *(1 + done for done in itertools.accumulate(counts[:-1])), len(sizes))
+    best = min((max(found), sum(x * x for x in found)) for found in
+               (stage_sizes(sizes, cuts) for cuts in every_partition(sizes, stages)))  # fmt: skip
+    found = stage_sizes(sizes, bounds)
+    assert (max(found), sum(size * size for size in found)) == best
+
+
+def test_of_equally_good_stages_the_later_ones_hold_more():
+    assert balanced_counts([0, *[3] * 10, 0, 0], 4) == [2, 2, 3, 3]
+
+
+def test_a_heavy_vocabulary_takes_layers_from_the_first_and_the_last_stage():
+    model = run_config_from_dict({"model": {"preset": "llama3-8b"}, "training": {"steps": 1}}).model
+    bounds = pipeline_stage_bounds(model, 4, "parameters", 8, 128256 + 768)
+    assert [len(transformer_layers_of_stage(bounds, stage)) for stage in range(4)] == [7, 9, 9, 7]
+    tiny = small_model(num_layers=2, vocab_size=50257)
+    bounds = pipeline_stage_bounds(tiny, 3, "parameters")
+    assert [len(transformer_layers_of_stage(bounds, stage)) for stage in range(3)] == [1, 1, 0]
+
+
+def test_written_stages():
+    model = small_model()
+    assert pipeline_stage_bounds(model, 4, (1, 1, 2, 1)) == (0, 2, 3, 5, 8)
+    assert pipeline_stage_bounds(model, 3, (1, 4, 0)) == (0, 2, 6, 8)
+    assert pipeline_stage_bounds(model, 1, (5,)) == (0, 8)
+
+
+def test_largest_models_are_balanced_at_once():
+    model = run_config_from_dict({"model": {"preset": "megatron-1t"}, "training": {"steps": 1}}).model
+    bounds = pipeline_stage_bounds(model, 64, "parameters", 8)
+    stages = [stage_parameters_per_rank(model, bounds, stage, 8, model.vocab_size) for stage in range(64)]
+    assert max(stages) == 2 * transformer_layer_parameters(model, 8) + embedding_parameters(model, 51200 // 8)
 
 
 @given(vocab=st.integers(1, 10**6), divisor=st.sampled_from([1, 64, 128]), tensor=st.sampled_from([1, 2, 3, 8]))
@@ -80,13 +140,13 @@ def test_parameters_of_one_layer(keys, expected):
 def test_stages_and_ranks_add_up_to_the_model(keys, positions, untied):
     model = small_model(**keys, position_embedding_type=positions, untie_embeddings_and_output_weights=untied)
     whole = count_parameters(model)
-    one_rank = stage_parameters_per_rank(model, pipeline_stage_bounds(5, 1), 0, 1, model.vocab_size)
+    one_rank = stage_parameters_per_rank(model, pipeline_stage_bounds(model, 1), 0, 1, model.vocab_size)
     assert one_rank == whole
-    bounds = pipeline_stage_bounds(5, 3)
+    bounds = pipeline_stage_bounds(model, 3)
     staged = sum(stage_parameters_per_rank(model, bounds, stage, 1, model.vocab_size) for stage in range(3))
     copied = 0 if untied else model.vocab_size * model.hidden_size  # the last stage's copy of the embedding
     assert staged == whole + copied
-    split = stage_parameters_per_rank(model, pipeline_stage_bounds(5, 1), 0, 2, model.vocab_size)
+    split = stage_parameters_per_rank(model, pipeline_stage_bounds(model, 1), 0, 2, model.vocab_size)
     norm_size = 64 * (2 if model.normalization == "LayerNorm" else 1)
     replicated = 11 * norm_size + (5 * 2 * 64 if model.add_bias_linear else 0)
     replicated += 32 * 64 if positions == "learned_absolute" else 0

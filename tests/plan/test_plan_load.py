@@ -117,9 +117,11 @@ def test_wrong_overrides(run_yaml, override, words):
         ("optimizer", "lr", -1, "optimizer.lr=-1 must be greater than 0"),
         ("parallel", "sequence_parallel", "yes", "must be true or false"),
         ("data", "prefix", 7, "data.prefix=7 must be text"),
-        ("data", "split", [1, 2], "data.split must be a list of three numbers"),
-        ("data", "split", [1, 2, 3, 4], "data.split must be a list of three numbers"),
-        ("data", "split", "90,5,5", "data.split must be a list of three numbers"),
+        ("parallel", "pipeline_partition", "even", "parallel.pipeline_partition='even' must be uniform, parameters"),
+        ("parallel", "pipeline_partition", [3, -1], "parallel.pipeline_partition=[3, -1] must be uniform"),
+        ("data", "split", [1, 2], "data.split=[1, 2] must be a list of three numbers"),
+        ("data", "split", [1, 2, 3, 4], "data.split=[1, 2, 3, 4] must be a list of three numbers"),
+        ("data", "split", "90,5,5", "data.split='90,5,5' must be a list of three numbers"),
     ],
 )
 def test_each_wrong_value_gets_one_sentence(section, key, value, words):
