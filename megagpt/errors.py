@@ -20,10 +20,12 @@ class ConfigError(MegagptError):
 
     Args:
         problems: one sentence per broken rule, each with key, value, rule and fix.
+        advice: what would mend all of them together; commands print it last.
     """
 
-    def __init__(self, problems: str | list[str]):
+    def __init__(self, problems: str | list[str], advice: str | None = None):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.advice = advice
         super().__init__("\n".join(self.problems))
 
 
@@ -54,6 +56,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except MegagptError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
+        if isinstance(error, ConfigError) and error.advice:
+            print(f"advice: {error.advice}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

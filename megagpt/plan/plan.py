@@ -22,6 +22,7 @@ from megagpt.plan.layout import (
     stage_parameters_per_rank,
     transformer_layers_of_stage,
 )
+from megagpt.plan.nearest import nearest_layout
 from megagpt.plan.recompute import recomputed_layers
 from megagpt.plan.rules import check_all
 
@@ -121,17 +122,11 @@ def make_plan(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> Pl
         ConfigError: one or more rules are broken; all of them are reported.
     """
     problems = check_all(run, deepspeed, world_size)
+    if problems:
+        raise ConfigError(problems, nearest_layout(run, deepspeed, world_size))
     tensor, pipeline = run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size
     data = world_size // (tensor * pipeline)
-    batch = None
-    if data >= 1 and world_size % (tensor * pipeline) == 0:  # else the data-parallel size itself is unknown
-        try:
-            batch = resolve_batch(deepspeed, data)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    assert batch is not None
+    batch = resolve_batch(deepspeed, data)
     model, seq_length = run.model, run.training.seq_length
     zero_stage = max(deepspeed.zero_stage, 1)
     # 16-bit sums over many micro-batches lose small gradients, so fp32 unless the JSON asks otherwise

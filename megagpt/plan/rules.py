@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterable
 
+from megagpt.errors import ConfigError
+from megagpt.plan.batch import resolve_batch
 from megagpt.plan.config import ModelConfig, RunConfig
 from megagpt.plan.deepspeed_config import DeepSpeedConfig
 from megagpt.plan.recompute import FULL_ONLY_KEYS
@@ -10,7 +12,7 @@ from megagpt.plan.wording import or_list, shown
 
 
 def check_all(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> list[str]:
-    """Check every rule but the batch sizes, which `batch.py` resolves.
+    """Check every rule.
 
     Args:
         world_size: number of ranks.
@@ -25,6 +27,7 @@ def check_all(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> li
         *check_schedule(run),
         *check_data_and_outputs(run),
         *check_deepspeed(run, deepspeed),
+        *check_batch(run, deepspeed, world_size),
     ]
 
 
@@ -40,6 +43,18 @@ def check_ranks(run: RunConfig, world_size: int) -> list[str]:
         f"world size {world_size} is not a multiple of parallel.tensor_model_parallel_size x "
         f"pipeline_model_parallel_size = {tensor} x {pipeline} = {unit}; start {sizes} ranks, or change the layout"
     ]
+
+
+def check_batch(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> list[str]:
+    """The batch must go around the data-parallel ranks."""
+    unit = run.parallel.tensor_model_parallel_size * run.parallel.pipeline_model_parallel_size
+    if world_size < unit or world_size % unit:
+        return []  # how many data-parallel ranks there are is unknown, which is reported
+    try:
+        resolve_batch(deepspeed, world_size // unit)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def check_model(model: ModelConfig) -> list[str]:
@@ -89,18 +104,19 @@ def _check_rotary_scaling(model: ModelConfig) -> list[str]:
 def check_tensor_parallel(run: RunConfig) -> list[str]:
     """What is split over tensor-parallel ranks must divide."""
     model, tensor = run.model, run.parallel.tensor_model_parallel_size
-    works = math.gcd(model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size)
+    works = [size for size in divisors(math.gcd(model.num_attention_heads, model.ffn_hidden_size))
+             if _groups_split(model, size)]  # fmt: skip
+    use = f"parallel.tensor_model_parallel_size={tensor}; use {or_list(works)}"
     problems = []
-    keys = ["num_attention_heads", "num_query_groups", "ffn_hidden_size"]
-    if model.num_query_groups == model.num_attention_heads:
-        keys.remove("num_query_groups")  # it is the default, or says the same
-    for key in keys:
+    for key in ("num_attention_heads", "ffn_hidden_size"):
         value = getattr(model, key)
         if value % tensor:
-            problems.append(
-                f"model.{key}={value} is not divisible by parallel.tensor_model_parallel_size={tensor}; use "
-                f"{or_list(divisors(works))}"
-            )
+            problems.append(f"model.{key}={value} is not divisible by {use}")
+    if model.num_attention_heads % tensor == 0 and not _groups_split(model, tensor):
+        problems.append(
+            f"model.num_query_groups={model.num_query_groups} (of {model.kv_channels} channels) cannot be spread "
+            f"evenly over, nor shared evenly by, the ranks of {use}"
+        )
     if run.parallel.sequence_parallel and tensor == 1:
         problems.append(
             "parallel.sequence_parallel=true splits the sequence over tensor-parallel ranks, but "
@@ -108,6 +124,17 @@ def check_tensor_parallel(run: RunConfig) -> list[str]:
             "above 1"
         )
     return problems
+
+
+def _groups_split(model: ModelConfig, tensor: int) -> bool:
+    """Whether key/value heads go around: some whole ones for each rank, or each one for several whole ranks.
+
+    In the second case the projection's rows are cut evenly all the same, and its results gathered, so that their number
+    must divide too (Megatron-Core, `SelfAttention.get_query_key_value_tensors`).
+    """
+    groups = model.num_query_groups
+    rows = (model.num_attention_heads + 2 * groups) * model.kv_channels
+    return groups % tensor == 0 or (tensor % groups == 0 and rows % tensor == 0)
 
 
 def check_pipeline(run: RunConfig, deepspeed: DeepSpeedConfig) -> list[str]:

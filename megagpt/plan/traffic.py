@@ -105,6 +105,12 @@ def _tensor_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
     else:
         yield transfer("layers", "all_reduce", 2 * forwards + 2 * layers)
         yield transfer("head", "all_reduce", 1 * last)
+    if model.num_query_groups < size:
+        # Ranks that share a key/value head cut its rows among them, so each gathers the projection's results.
+        rows = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
+        projected = plan.seq_length * plan.microbatch_size * rows * DTYPE_BYTES[plan.precision] * passes
+        yield Transfer("shared key/value heads", "tensor", "all_gather", size, forwards * projected)
+        yield Transfer("shared key/value heads", "tensor", "reduce_scatter", size, layers * projected)
     yield _partial_gradients(plan, layers, last)
     if first:
         # Learned positions are added before the sequence is split, so that the words' sum is needed in whole.

@@ -92,6 +92,9 @@ SHAPES: dict[str, tuple[str, dict]] = {
             **TIED,
         },
     ),
+    # key/value heads that several tensor-parallel ranks share
+    "one-group": ("llama", {"num_query_groups": 1, "add_qkv_bias": True}),
+    "two-groups": ("llama", {"num_attention_heads": 8, "num_query_groups": 2, **TIED}),
     "5-layers": ("llama", {"num_layers": 5}),
     "5-layers-tied": ("gpt2", {"num_layers": 5}),
 }
@@ -119,6 +122,12 @@ LAYOUTS = [
     ("qwen3", ADAM, {"tp": 2, "pp": 2, "sp": True, "recompute": {"recompute_granularity": "selective"}}),
     ("odd", SGD, {"pp": 2, "partition": "parameters"}),
     ("odd-tied", ADAM, {"pp": 2, "partition": "parameters"}),
+    ("one-group", SGD, {"tp": 2}),
+    ("one-group", SGD, {"tp": 2, "sp": True}),
+    ("one-group", ADAM, {"tp": 2, "pp": 2, "sp": True}),
+    ("one-group", SGD, {"tp": 2, "dp": 2, "zero": 3}),
+    ("two-groups", SGD, {"tp": 4}),
+    ("two-groups", SGD, {"tp": 4, "sp": True}),
     ("5-layers", SGD, {"pp": 4, "partition": [1, 1, 2, 1]}),
     ("5-layers-tied", SGD, {"pp": 4, "partition": [1, 1, 2, 1]}),
     ("5-layers", ADAM, {"pp": 4, "partition": [1, 2, 2, 0]}),

@@ -104,7 +104,19 @@ def parallel(tensor=1, pipeline=1, sequence=False):
             "model.num_attention_heads=12 is not divisible by parallel.tensor_model_parallel_size=8; "
             "use 1, 2, 3, 4, 6 or 12",
         ),
-        ({"parallel": parallel(4)}, {}, 4, "model.num_query_groups=6 is not divisible by"),
+        (
+            {"parallel": parallel(4)},
+            {},
+            4,
+            "model.num_query_groups=6 (of 8 channels) cannot be spread evenly over, nor",
+        ),
+        (
+            {"model": {"num_query_groups": 1}, "parallel": parallel(12)},
+            {},
+            12,
+            "model.num_query_groups=1 (of 8 channels) cannot be spread evenly over, nor shared evenly by, the ranks of "
+            "parallel.tensor_model_parallel_size=12; use 1, 2 or 4",
+        ),
         ({"model": {"ffn_hidden_size": 387}, "parallel": parallel(2)}, {}, 2, "ffn_hidden_size=387"),
         ({"parallel": parallel(sequence=True)}, {}, 1, "parallel.tensor_model_parallel_size=1; set sequence_parallel"),
         ({"parallel": parallel(pipeline=5)}, {}, 5, "model.num_layers=4 is less than"),
@@ -163,6 +175,7 @@ def test_each_broken_rule_gets_one_sentence(sections, deepspeed, world_size, wor
         ({}, {}, 1),
         ({"parallel": parallel(2, 2, sequence=True)}, {}, 8),
         ({"parallel": parallel(6, 4)}, {}, 24),
+        ({"model": {"num_query_groups": 1}, "parallel": parallel(4)}, {}, 4),
         ({"parallel": {**parallel(pipeline=5), "pipeline_partition": "parameters"}}, {}, 5),
         ({"parallel": {**parallel(pipeline=3), "pipeline_partition": [1, 3, 0]}}, {}, 3),
         ({"parallel": parallel(2)}, {"zero_optimization": {"stage": 3}}, 4),
@@ -183,5 +196,5 @@ def test_all_broken_rules_are_reported_at_once():
         {"zero_optimization": {"offload_param": {"device": "cpu"}}, "train_batch_size": 7},
         world_size=5,
     )
-    # heads, groups, MLP; sequence; checkpoint; offload; batch
-    assert len(problems) == 7
+    # heads, MLP; sequence; checkpoint; offload; batch
+    assert len(problems) == 6
