@@ -59,6 +59,10 @@ class SDPAttention(MegatronModule):
             [S, B, N x D].
         """
         assert attention_mask is None and packed_seq_params is None and attention_bias is None
+        is_rotated = value.untyped_storage().data_ptr() != query.untyped_storage().data_ptr()
+        if is_rotated and not self.config.qk_layernorm:  # a norm keeps its input
+            # As a view, the value alone would keep all three as they were projected.
+            value = value.contiguous()
         query_BNSD, key_BGSD, value_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.recompute and torch.is_grad_enabled():
             context_BNSD = checkpoint(self._attend, False, query_BNSD, key_BGSD, value_BGSD)

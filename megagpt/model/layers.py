@@ -10,10 +10,12 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from megagpt.model.activation import GatedActivation
 from megagpt.model.transformer_config import layer_spec
 from megagpt.plan import Plan
 
@@ -68,6 +70,9 @@ class Layer(nn.Module):
         if plan.model.parallel_residual:
             spec.module = ParallelResidualLayer
         self.block = build_module(spec, config=config, layer_number=index + 1)
+        if config.gated_linear_unit:
+            for mlp in (module for module in self.block.modules() if isinstance(module, MLP)):
+                mlp.activation_func = GatedActivation(config.activation_func)
         self.rotary = rotary
         self.sequence_splits = config.tensor_model_parallel_size if config.sequence_parallel else 1
         # Under sequence parallelism each TP rank holds other tokens, so every dropout needs the TP rank's generator.

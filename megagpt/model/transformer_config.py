@@ -29,7 +29,7 @@ def transformer_config(plan: Plan) -> TransformerConfig:
     Pipeline stages are DeepSpeed's business, so Megatron-Core is told of one. `initialize_weights` fills the weights.
     """
     model = plan.model
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -59,6 +59,10 @@ def transformer_config(plan: Plan) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
     )
+    # The MLP hands both halves of a gated activation to a module: ours, see `Layer`. Set after the constructor, which
+    # knows Transformer Engine's modules only and refuses activations that those lack.
+    config.use_te_activation_func = model.is_gated
+    return config
 
 
 def layer_spec(config: TransformerConfig, plan: Plan) -> ModuleSpec:

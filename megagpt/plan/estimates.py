@@ -124,11 +124,14 @@ def layer_activation_bytes(
     multi-head attention and a 4h MLP with dropout; here they are built up from their parts: inputs of the two norms
     and of the two projections after them (8), dropout masks (2, if any); query, key, value and the attention's output
     (8 of the 24), inputs of activation and second MLP projection (16 of the 24). Normalised queries and keys are kept
-    besides the raw ones, and a sliding window keeps keys and values repeated for each query head.
+    besides the raw ones, and a sliding window keeps keys and values repeated for each query head. The norms of a
+    parallel residual have one input. Rotary tables and the statistics of norms and attention are left out: about 1 %
+    together.
     """
     tokens = seq_length * microbatch_size
     width = DTYPE_BYTES[precision]
-    along_hidden = 4 * width * model.hidden_size + (2 * model.hidden_size if model.hidden_dropout > 0 else 0)
+    inputs = 3 if model.parallel_residual else 4
+    along_hidden = inputs * width * model.hidden_size + (2 * model.hidden_size if model.hidden_dropout > 0 else 0)
     query, key = model.num_attention_heads, model.num_query_groups
     heads = 2 * query + 2 * key  # query, output; key, value
     if model.qk_layernorm:

@@ -103,6 +103,9 @@ class Plan:
         }
         config.setdefault("zero_optimization", {})["stage"] = self.zero_stage
         config.setdefault("data_types", {})["grad_accum_dtype"] = self.grad_accum_dtype
+        if self.precision == "bf16" and self.zero_stage == 1 and self.grad_accum_dtype == "fp32":
+            # each bf16 gradient is added to the fp32 sum at once and freed, not kept until the step (2 bytes more)
+            config.setdefault("bf16", {}).setdefault("immediate_grad_update", True)
         if self.run.optimizer.name == "sgd":
             # DeepSpeed lists the Adams it has tested under ZeRO; plain SGD is not among them
             config["zero_allow_untested_optimizer"] = True

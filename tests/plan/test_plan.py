@@ -71,7 +71,7 @@ def test_engine_config_is_complete_and_a_copy():
         "train_batch_size": 32,
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 8,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True, "immediate_grad_update": True},
         "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000},
         "gradient_clipping": 0.5,
         "data_types": {"grad_accum_dtype": "fp32"},
