@@ -31,7 +31,23 @@ QWEN3 = dict(
     rotary_base=100.0,
     rotary_scaling=dict(type="llama3", factor=4.0, original_max_position_embeddings=16),
 )
-MODELS = {"llama": LLAMA, "gpt2": GPT2, "neox": NEOX, "qwen3": QWEN3}
+GEMMA = dict(
+    LLAMA,
+    sliding_window=11,
+    window_attn_skip_freq=2,
+    rotary_base_local=100.0,
+    qk_layernorm=True,
+    query_pre_attn_scalar=20,
+    attn_logit_softcapping=5.0,
+    final_logit_softcapping=20.0,
+    layernorm_zero_centered_gamma=True,
+    post_layernorms=True,
+    scale_embedding=True,
+    activation="geglu_tanh",
+    untie_embeddings_and_output_weights=False,
+)
+"""Everything of Gemma 2 and 3 at once."""
+MODELS = {"llama": LLAMA, "gpt2": GPT2, "neox": NEOX, "qwen3": QWEN3, "gemma": GEMMA}
 
 ADAM = dict(name="adamw", lr=1e-3, min_lr=1e-3)
 SGD = dict(name="sgd", lr=0.5, min_lr=0.5, weight_decay=0.0)

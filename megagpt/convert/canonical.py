@@ -43,9 +43,13 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         if model.qk_layernorm:
             add_norm(f"{layer}.self_attention.q_layernorm", model.kv_channels)
             add_norm(f"{layer}.self_attention.k_layernorm", model.kv_channels)
+        if model.post_layernorms:
+            add_norm(f"{layer}.post_self_attn_layernorm")
         add_norm(f"{layer}.pre_mlp_layernorm")
         add(f"{layer}.mlp.linear_fc1", (fc1_branches * model.ffn_hidden_size, hidden), bias=bias)
         add(f"{layer}.mlp.linear_fc2", (hidden, model.ffn_hidden_size), bias=bias)
+        if model.post_layernorms:
+            add_norm(f"{layer}.post_mlp_layernorm")
     add_norm("final_norm")
     if model.untie_embeddings_and_output_weights:
         add("head", (model.vocab_size, hidden), bias=False)

@@ -100,8 +100,16 @@ ANY: tuple[Any, ...] = ()
 FEATURES: Mapping[str, tuple[Any, ...]] = {
     "rotary_percent": (1.0,),
     "rotary_scaling": (None,),
+    "rotary_base_local": (None,),
     "sliding_window": (None,),
+    "window_attn_skip_freq": (None,),
     "qk_layernorm": (False,),
+    "query_pre_attn_scalar": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "layernorm_zero_centered_gamma": (False,),
+    "post_layernorms": (False,),
+    "scale_embedding": (False,),
     "parallel_residual": (False,),
 }
 """Values of keys that most families cannot express otherwise: what `Family.requires` says about them wins."""

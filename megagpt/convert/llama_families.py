@@ -25,7 +25,7 @@ def llama_rows() -> tuple[Row, ...]:
     )
 
 
-_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu"}
+_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_pytorch_tanh"}
 
 LLAMA_REQUIRES: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
@@ -33,10 +33,11 @@ LLAMA_REQUIRES: dict[str, tuple[Any, ...]] = {
     "activation": tuple(_ACTIVATIONS),
     "rotary_scaling": ANY,
 }
-_NO_BIASES: dict[str, tuple[Any, ...]] = {"add_bias_linear": (False,), "add_qkv_bias": (False,)}
+NO_BIASES: dict[str, tuple[Any, ...]] = {"add_bias_linear": (False,), "add_qkv_bias": (False,)}
 
 
-def _llama_checks(model: ModelConfig) -> list[str]:
+def llama_checks(model: ModelConfig) -> list[str]:
+    """Sizes that transformers refuses."""
     found = odd_rotary(model)
     if model.hidden_size % model.num_attention_heads:
         found.append(f"model.hidden_size={model.hidden_size} (must be a multiple of num_attention_heads)")
@@ -50,7 +51,7 @@ def _only_qkv_biased(model: ModelConfig) -> tuple[str, ...]:
 
 
 def shared_config(model: ModelConfig) -> dict[str, Any]:
-    """Keys that all families of this file have."""
+    """Keys that Llama and its kin have."""
     return {
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
@@ -103,14 +104,12 @@ def _qwen3_config(model: ModelConfig) -> dict[str, Any]:
     return _qwen_config(model) | {"attention_bias": model.has_qkv_bias}
 
 
-LLAMA = Family(
-    "llama", "LlamaForCausalLM", llama_rows(), LLAMA_REQUIRES, _llama_checks, _llama_config, _only_qkv_biased
-)
+LLAMA = Family("llama", "LlamaForCausalLM", llama_rows(), LLAMA_REQUIRES, llama_checks, _llama_config, _only_qkv_biased)
 MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
     llama_rows(),
-    LLAMA_REQUIRES | _NO_BIASES | {"sliding_window": ANY},
+    LLAMA_REQUIRES | NO_BIASES | {"sliding_window": ANY},
     odd_rotary,
     _mistral_config,
 )

@@ -18,6 +18,7 @@ class SDPAttention(MegatronModule):
     Args:
         recompute: the backward pass computes the attention again from query, key and value.
         window: each position sees itself and the `window - 1` positions before it; None: all before it.
+        softcap: bound of the scores; None: none.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class SDPAttention(MegatronModule):
         softmax_scale=None,
         recompute: bool = False,
         window: int | None = None,
+        softcap: float | None = None,
         **_,
     ):
         super().__init__(config=config)
@@ -37,6 +39,7 @@ class SDPAttention(MegatronModule):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.recompute = recompute
         self.window = window
+        self.softcap = softcap
 
     def forward(
         self,
@@ -76,4 +79,6 @@ class SDPAttention(MegatronModule):
         # draws from the tensor-parallel generator.
         forks_rng = dropout > 0 and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if forks_rng else contextlib.nullcontext():
-            return causal_attention(query_BNSD, key_BGSD, value_BGSD, self.softmax_scale, dropout, self.window)
+            return causal_attention(
+                query_BNSD, key_BGSD, value_BGSD, self.softmax_scale, dropout, self.window, self.softcap
+            )

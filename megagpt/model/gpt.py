@@ -37,11 +37,13 @@ class PipelineLayer:
 def pipeline_layers(plan: Plan) -> list[PipelineLayer]:
     """Embedding, transformer layers, final norm, head: `num_layers` + 3 entries in order."""
     config, model = transformer_config(plan), plan.model
-    rotary = build_rotary(plan)
+    # One table per base and process, whatever the number of layers.
+    rotary, windowed = build_rotary(plan), build_rotary(plan, windowed=True)
+    rotaries = [windowed if model.window_of_layer(i) else rotary for i in range(model.num_layers)]
     tied = None if model.untie_embeddings_and_output_weights else "embedding"
     return [
         PipelineLayer("embedding", Embedding, (config, plan), tied),
-        *(PipelineLayer(f"layers.{i}", Layer, (config, plan, i, rotary)) for i in range(model.num_layers)),
+        *(PipelineLayer(f"layers.{i}", Layer, (config, plan, i, rotaries[i])) for i in range(model.num_layers)),
         PipelineLayer("final_norm", Norm, (config, model.hidden_size, model.layernorm_epsilon)),
         PipelineLayer("head", TiedHead if tied else Head, (config, plan), tied),
     ]

@@ -48,7 +48,7 @@ def _full_weight(name: str, shape: tuple[int, ...], plan: Plan) -> Tensor:
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if name.endswith(("_layernorm.weight", "final_norm.weight")):
-        return torch.ones(shape)
+        return torch.full(shape, float(not plan.model.layernorm_zero_centered_gamma))
     std = plan.model.init_method_std
     # Radford et al. 2019 (GPT-2), section 2.3: residual projections are scaled by 1 / sqrt(number of residual layers).
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):

@@ -4,6 +4,9 @@ Shapes: B micro-batch, S sequence, H hidden size, V padded vocabulary / TP. Betw
 [S / TP, B, H] under sequence parallelism.
 """
 
+import math
+from typing import Any
+
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -16,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megagpt.model.activation import GatedActivation
+from megagpt.model.norm import Norm
 from megagpt.model.transformer_config import layer_spec
 from megagpt.plan import Plan
 
@@ -31,13 +35,18 @@ class Embedding(LanguageModelEmbedding):
             max_sequence_length=plan.model.max_position_embeddings,
             position_embedding_type="learned_absolute" if learned else "rope",
         )
+        self.scale = math.sqrt(config.hidden_size) if plan.model.scale_embedding else None
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """[B, S] int64 -> [S, B, H]."""
         positions_BS = None
         if self.add_position_embedding:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        return super().forward(tokens_BS, positions_BS)
+        hidden_SBH = super().forward(tokens_BS, positions_BS)
+        if self.scale is None:
+            return hidden_SBH
+        # Gemma rounds the factor to the type of the weights. On the host: a tensor of no dimensions is not copied.
+        return hidden_SBH * torch.tensor(self.scale, dtype=hidden_SBH.dtype)
 
 
 class ParallelResidualLayer(TransformerLayer):
@@ -54,21 +63,45 @@ class ParallelResidualLayer(TransformerLayer):
         return add(self.mlp(self.pre_mlp_layernorm(hidden_states)), residual, self.hidden_dropout), None
 
 
+class SandwichNormLayer(TransformerLayer):
+    """y = x + norm2(attention(norm1(x))), then y + norm4(mlp(norm3(y))): Gemma 2 (arXiv 2408.00118), section 2."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self.post_self_attn_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+        self.post_mlp_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, hidden_states: Tensor, attention_mask=None, rotary_pos_emb=None, **_) -> tuple[Tensor, None]:
+        """[S, B, H] to [S, B, H], with the arguments and the pair of results of TransformerLayer.forward."""
+        output, bias = self.self_attention(
+            self.input_layernorm(hidden_states), attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
+        )
+        normed = self.post_self_attn_layernorm(output if bias is None else output + bias)
+        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        hidden_states = add((normed, None), hidden_states, self.hidden_dropout)
+        output, bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        normed = self.post_mlp_layernorm(output if bias is None else output + bias)
+        add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
+        return add((normed, None), hidden_states, self.hidden_dropout), None
+
+
 class Layer(nn.Module):
     """One transformer layer, with its rotary table.
 
     Args:
         config: Megatron-Core's config.
-        plan: gives the kind of residual.
+        plan: gives the kind of residual and norms.
         index: 0 ... num_layers - 1.
-        rotary: the rotary frequencies, shared by all layers of a process; None for learned positions.
+        rotary: the rotary frequencies, shared by the layers of a process that have them; None for learned positions.
     """
 
     def __init__(self, config: TransformerConfig, plan: Plan, index: int, rotary: RotaryEmbedding | None):
         super().__init__()
-        spec = layer_spec(config, plan)
+        spec = layer_spec(config, plan, index)
         if plan.model.parallel_residual:
             spec.module = ParallelResidualLayer
+        elif plan.model.post_layernorms:
+            spec.module = SandwichNormLayer
         self.block = build_module(spec, config=config, layer_number=index + 1)
         if config.gated_linear_unit:
             for mlp in (module for module in self.block.modules() if isinstance(module, MLP)):
@@ -108,11 +141,14 @@ class Head(ColumnParallelLinear):
         )
         shard = plan.padded_vocab_size // plan.tensor_parallel_size
         first_token = parallel_state.get_tensor_model_parallel_rank() * shard
+        self.softcap = plan.model.final_logit_softcapping
         self.num_real_tokens = min(max(plan.model.vocab_size - first_token, 0), shard)
 
     def forward(self, hidden_SBH: Tensor, weight: Tensor | None = None) -> Tensor:
         """[S, B, H] -> [S, B, V / TP]."""
         logits_SBV = super().forward(hidden_SBH, weight=weight)[0]
+        if self.softcap is not None:
+            logits_SBV = torch.tanh(logits_SBV / self.softcap) * self.softcap
         if self.num_real_tokens < logits_SBV.shape[-1]:
             # In place: no second copy of the logits. exp(-inf) is 0, so neither loss nor sampling sees the padding.
             logits_SBV[..., self.num_real_tokens :] = float("-inf")

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 class Norm(nn.Module):
     """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016), as the config's `normalization` says.
 
+    With the config's `layernorm_zero_centered_gamma` the factor is 1 + weight.
+
     Args:
         config: Megatron-Core's TransformerConfig.
         hidden_size: number of channels.
@@ -18,8 +20,9 @@ class Norm(nn.Module):
         super().__init__()
         self.shape, self.eps = (hidden_size,), eps
         self.is_rms = config.normalization == "RMSNorm"
+        self.zero_centered = config.layernorm_zero_centered_gamma
         device = torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.ones(hidden_size, device=device))
+        self.weight = nn.Parameter(torch.full((hidden_size,), float(not self.zero_centered), device=device))
         self.bias = None if self.is_rms else nn.Parameter(torch.zeros(hidden_size, device=device))
         for parameter in self.parameters():
             # Under sequence parallelism each TP rank sees a part of the sequence.
@@ -27,9 +30,16 @@ class Norm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise the last dimension."""
+        if not self.zero_centered:
+            return self._normalise(hidden, self.weight, self.bias)
+        # In fp32: 16 bits would round 1 + weight, whose very point is that small weights keep their digits.
+        bias = None if self.bias is None else self.bias.float()
+        return self._normalise(hidden.float(), 1 + self.weight.float(), bias).to(hidden.dtype)
+
+    def _normalise(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.is_rms:
-            return F.rms_norm(hidden, self.shape, self.weight, self.eps)
-        return F.layer_norm(hidden, self.shape, self.weight, self.bias, self.eps)
+            return F.rms_norm(hidden, self.shape, weight, self.eps)
+        return F.layer_norm(hidden, self.shape, weight, bias, self.eps)
 
 
 class HeadNorm(Norm):

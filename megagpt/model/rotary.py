@@ -9,15 +9,20 @@ from megagpt.plan import Plan
 from megagpt.plan.config import RotaryScaling
 
 
-def build_rotary(plan: Plan) -> RotaryEmbedding | None:
-    """Rotary frequencies, or None for learned positions."""
+def build_rotary(plan: Plan, windowed: bool = False) -> RotaryEmbedding | None:
+    """Rotary frequencies, or None for learned positions.
+
+    Args:
+        windowed: for the layers with a sliding window, which may have their own base.
+    """
     model = plan.model
     if model.position_embedding_type != "rope":
         return None
+    local = model.rotary_base_local if windowed else None
     rotary = RotaryEmbedding(
-        model.kv_channels, model.rotary_percent, rotary_base=model.rotary_base, use_cpu_initialization=True
+        model.kv_channels, model.rotary_percent, rotary_base=local or model.rotary_base, use_cpu_initialization=True
     )
-    if model.rotary_scaling is not None:
+    if model.rotary_scaling is not None and local is None:
         # Megatron-Core knows `llama3` with its first factor only.
         rotary.inv_freq = scaled_frequencies(rotary.inv_freq, model.rotary_scaling)
     return rotary

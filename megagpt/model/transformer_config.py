@@ -17,6 +17,7 @@ from megagpt.plan import Plan
 _ACTIVATIONS: dict[str, Callable] = {
     "swiglu": F.silu,
     "geglu": F.gelu,
+    "geglu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
@@ -49,6 +50,8 @@ def transformer_config(plan: Plan) -> TransformerConfig:
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.has_qkv_bias,
         qk_layernorm=model.qk_layernorm,
+        softmax_scale=(model.query_pre_attn_scalar or model.kv_channels) ** -0.5,
+        layernorm_zero_centered_gamma=model.layernorm_zero_centered_gamma,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         perform_initialization=False,
@@ -65,13 +68,18 @@ def transformer_config(plan: Plan) -> TransformerConfig:
     return config
 
 
-def layer_spec(config: TransformerConfig, plan: Plan) -> ModuleSpec:
-    """Megatron-Core's local layer spec with our norms and attention core."""
+def layer_spec(config: TransformerConfig, plan: Plan, index: int) -> ModuleSpec:
+    """Megatron-Core's local layer spec with our norms and attention core, for layer `index` (0 ... num_layers - 1)."""
     spec, model = get_gpt_layer_local_spec(normalization=config.normalization), plan.model
     recompute = plan.run.training.recompute_granularity == "selective"
     attention = dataclasses.replace(
         spec.submodules.self_attention.submodules,
-        core_attention=partial(SDPAttention, recompute=recompute, window=model.sliding_window),
+        core_attention=partial(
+            SDPAttention,
+            recompute=recompute,
+            window=model.window_of_layer(index),
+            softcap=model.attn_logit_softcapping,
+        ),
         q_layernorm=HeadNorm if model.qk_layernorm else None,
         k_layernorm=HeadNorm if model.qk_layernorm else None,
     )

@@ -102,14 +102,32 @@ class ModelConfig(Section):
     sliding_window: Positive | None = None
     """Each position attends to itself and the `sliding_window - 1` positions before it (Mistral); null: to all before
     it."""
+    window_attn_skip_freq: Annotated[int, Field(ge=2)] | None = None
+    """Every so many layers one attends to all positions instead of the window: 2 in Gemma 2, 6 in Gemma 3; null: none
+    does."""
+    rotary_base_local: Annotated[float, Field(gt=0)] | None = None
+    """Base of the rotary frequencies, not stretched, in layers with a window (Gemma 3); null: as in all others."""
     qk_layernorm: bool = False
-    """Normalise each head's query and key before they are rotated (Qwen3)."""
+    """Normalise each head's query and key before they are rotated (Qwen3, Gemma 3)."""
+    query_pre_attn_scalar: Positive | None = None
+    """Attention scores are divided by its square root (Gemma 2 and 3); null: kv_channels."""
+    attn_logit_softcapping: Annotated[float, Field(gt=0)] | None = None
+    """Attention scores are bent to stay below this: c tanh(score / c) (Gemma 2); null: left as they are."""
+    final_logit_softcapping: Annotated[float, Field(gt=0)] | None = None
+    """The same for the logits (Gemma 2)."""
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """Kind of normalisation."""
     layernorm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
     """Epsilon inside the normalisation."""
-    activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu"] = "swiglu"
-    """Activation of the MLP; `swiglu` and `geglu` are gated; `gelu_tanh` is GPT-2's approximation."""
+    layernorm_zero_centered_gamma: bool = False
+    """Norms multiply by 1 + weight instead of weight (Gemma)."""
+    post_layernorms: bool = False
+    """Also normalise what attention and MLP give before it is added to the residual stream (Gemma 2 and 3)."""
+    scale_embedding: bool = False
+    """Multiply word embeddings by the square root of hidden_size (Gemma)."""
+    activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"] = "swiglu"
+    """Activation of the MLP; `swiglu`, `geglu` and `geglu_tanh` are gated; `tanh` is GPT-2's and Gemma's approximation
+    of GELU."""
     add_bias_linear: bool = False
     """Biases in all linear layers of attention and MLP."""
     add_qkv_bias: bool = False
@@ -148,12 +166,17 @@ class ModelConfig(Section):
     @property
     def is_gated(self) -> bool:
         """Whether the MLP's first projection has two branches, one gating the other."""
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
 
     @property
     def has_qkv_bias(self) -> bool:
         """Whether the query/key/value projection has a bias."""
         return self.add_qkv_bias or self.add_bias_linear
+
+    def window_of_layer(self, index: int) -> int | None:
+        """The sliding window of layer `index` (0 ... num_layers - 1); None: it attends to all positions."""
+        skips = self.window_attn_skip_freq is not None and (index + 1) % self.window_attn_skip_freq == 0
+        return None if skips else self.sliding_window
 
 
 class ParallelConfig(Section):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megagpt.plan.config import ModelConfig, TrainingConfig
 from megagpt.plan.deepspeed_config import Precision
+from megagpt.plan.layout import norms_of_layer
 from megagpt.plan.recompute import layer_runs
 
 DTYPE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -58,7 +59,7 @@ def hardware_flops_per_step(
     """FLOPs that are executed in one step: recomputed layers run their forward pass twice.
 
     With every layer recomputed this is arXiv 2104.04473, eq. 3: `96 B s L h^2 (1 + s/(6h) + V/(16 L h))`. Selective
-    recomputation runs the attention core's forward pass (`4 B s^2 h L`) twice.
+    recomputation runs the attention core's forward pass (`4 B s^2 h L`) twice, and so do soft-capped scores.
 
     Args:
         training: gives the granularity.
@@ -66,8 +67,8 @@ def hardware_flops_per_step(
     """
     layers, head = _forward_flops_per_sample(model, seq_length)
     again = layers * recomputed_layers // model.num_layers
-    if training.recompute_granularity == "selective":
-        again = model.num_layers * _attention_core_flops_per_sample(model, seq_length)
+    if training.recompute_granularity == "selective" or model.attn_logit_softcapping is not None:
+        again += _attention_core_flops_per_sample(model, seq_length)
     return (3 * (layers + head) + again) * global_batch_size
 
 
@@ -79,13 +80,14 @@ def _forward_flops_per_sample(model: ModelConfig, seq_length: int) -> tuple[int,
     mlp = model.ffn_hidden_size * (3 if model.is_gated else 2)
     projections = 2 * hidden * (2 * query + key_value + mlp) * seq_length
     attention = _attention_core_flops_per_sample(model, seq_length)
-    return model.num_layers * (projections + attention), 2 * hidden * model.vocab_size * seq_length
+    return model.num_layers * projections + attention, 2 * hidden * model.vocab_size * seq_length
 
 
 def _attention_core_flops_per_sample(model: ModelConfig, seq_length: int) -> int:
-    """FLOPs of scores and weighted values of one layer, forward, for one sample."""
-    window = min(model.sliding_window or seq_length, seq_length)
-    return 2 * 2 * window * (2 * seq_length - window) * model.num_attention_heads * model.kv_channels
+    """FLOPs of scores and weighted values of all layers, forward, for one sample."""
+    windows = [min(model.window_of_layer(i) or seq_length, seq_length) for i in range(model.num_layers)]
+    band = sum(window * (2 * seq_length - window) for window in windows)
+    return 2 * 2 * band * model.num_attention_heads * model.kv_channels
 
 
 def model_state_bytes(
@@ -124,19 +126,22 @@ def layer_activation_bytes(
     multi-head attention and a 4h MLP with dropout; here they are built up from their parts: inputs of the two norms
     and of the two projections after them (8), dropout masks (2, if any); query, key, value and the attention's output
     (8 of the 24), inputs of activation and second MLP projection (16 of the 24). Normalised queries and keys are kept
-    besides the raw ones, and a sliding window keeps keys and values repeated for each query head. The norms of a
-    parallel residual have one input. Rotary tables and the statistics of norms and attention are left out: about 1 %
-    together.
+    besides the raw ones, a sliding window keeps keys and values repeated for each query head, and norms around 1 keep
+    their inputs in fp32. The norms of a parallel residual have one input. Rotary tables and the statistics of norms and
+    attention are left out: about 1 % together.
     """
     tokens = seq_length * microbatch_size
     width = DTYPE_BYTES[precision]
-    inputs = 3 if model.parallel_residual else 4
-    along_hidden = inputs * width * model.hidden_size + (2 * model.hidden_size if model.hidden_dropout > 0 else 0)
+    norm_inputs = 1 if model.parallel_residual else norms_of_layer(model)
+    of_norms = norm_inputs * (4 if model.layernorm_zero_centered_gamma else width)
+    of_dropout = 2 if model.hidden_dropout > 0 else 0
+    along_hidden = (of_norms + 2 * width + of_dropout) * model.hidden_size
     query, key = model.num_attention_heads, model.num_query_groups
     heads = 2 * query + 2 * key  # query, output; key, value
     if model.qk_layernorm:
         heads += query + key
-    if model.sliding_window is not None and model.sliding_window < seq_length and key < query:
+    is_windowed = model.sliding_window is not None and model.sliding_window < seq_length
+    if is_windowed and model.attn_logit_softcapping is None and key < query:
         heads += 2 * query
     heads *= model.kv_channels
     mlp = model.ffn_hidden_size * (3 if model.is_gated else 2)
@@ -165,7 +170,7 @@ def stage_activation_bytes(
     Under 1F1B, stage p of P keeps `min(P - p, micro-batches)` micro-batches. A recomputed run of layers keeps its
     input only (`2 s b h`, table 2; less if that is split over tensor-parallel ranks or offloaded), and the longest run
     is expanded once. Recomputing the attention core only keeps as much as a fused kernel does. The head adds its fp32
-    logits (`4 s b V / t`).
+    logits (`4 s b V / t`), and the bent ones of a soft cap.
     """
     layer = layer_activation_bytes(
         model, seq_length, microbatch_size, tensor_parallel_size, sequence_parallel, precision
@@ -179,5 +184,6 @@ def stage_activation_bytes(
     runs = layer_runs(training, num_stage_layers)
     per_microbatch = sum(run_input if run.is_recomputed else run.num_layers * layer for run in runs)
     expanded = max((run.num_layers * layer for run in runs if run.is_recomputed), default=0)
-    logits = 4 * tokens * padded_vocab_size // tensor_parallel_size if has_head else 0
+    per_logit = 4 + (DTYPE_BYTES[precision] if model.final_logit_softcapping is not None else 0)
+    logits = per_logit * tokens * padded_vocab_size // tensor_parallel_size if has_head else 0
     return microbatches_in_flight * per_microbatch + expanded + logits

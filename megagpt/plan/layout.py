@@ -149,6 +149,11 @@ def norm_parameters(model: ModelConfig, channels: int | None = None) -> int:
     return (channels or model.hidden_size) * (2 if model.normalization == "LayerNorm" else 1)
 
 
+def norms_of_layer(model: ModelConfig) -> int:
+    """Normalisations of the hidden states in one transformer layer."""
+    return 4 if model.post_layernorms else 2
+
+
 def transformer_layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
     """Parameters of one transformer layer on one rank.
 
@@ -160,7 +165,7 @@ def transformer_layer_parameters(model: ModelConfig, tensor_parallel_size: int =
     query_key_value = query + 2 * model.num_query_groups * model.kv_channels
     fc1 = model.ffn_hidden_size * (2 if model.is_gated else 1)
     split = query_key_value * hidden + query * hidden + fc1 * hidden + model.ffn_hidden_size * hidden
-    replicated = 2 * norm_parameters(model)
+    replicated = norms_of_layer(model) * norm_parameters(model)
     if model.qk_layernorm:
         replicated += 2 * norm_parameters(model, model.kv_channels)
     if model.has_qkv_bias:

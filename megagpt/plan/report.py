@@ -77,10 +77,14 @@ def _model_lines(plan: Plan) -> list[str]:
     vocabulary = f"vocabulary {model.vocab_size:,}"
     if plan.padded_vocab_size != model.vocab_size:
         vocabulary += f" (padded to {plan.padded_vocab_size:,})"
+    window = ""
+    if model.sliding_window is not None:
+        skips = model.window_attn_skip_freq
+        window = f", sliding window {model.sliding_window}" + (f" (not in every {skips}th layer)" if skips else "")
     return [
         f"{name}{plan.num_parameters:,} parameters ({short_count(plan.num_parameters)})",
         f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads of "
-        f"{model.kv_channels}{sharing}, MLP {model.ffn_hidden_size} ({model.activation}), {vocabulary}",
+        f"{model.kv_channels}{sharing}, MLP {model.ffn_hidden_size} ({model.activation}){window}, {vocabulary}",
     ]
 
 

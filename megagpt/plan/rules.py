@@ -72,6 +72,18 @@ def check_model(model: ModelConfig) -> list[str]:
             f"model.kv_channels={model.kv_channels} x model.rotary_percent={model.rotary_percent} gives {rotated} "
             "rotated channels, but they are rotated in pairs; choose values whose product is even and not 0"
         )
+    if model.parallel_residual and model.post_layernorms:
+        problems.append(
+            "model.post_layernorms=true does not go with model.parallel_residual=true (no such layer is built); set one"
+            " of them to false"
+        )
+    if model.sliding_window is None:
+        problems += [
+            f"model.{key}={value} is about layers with a window, but model.sliding_window is not set; set it, or remove"
+            f" {key}"
+            for key in ("window_attn_skip_freq", "rotary_base_local")
+            if (value := getattr(model, key)) is not None
+        ]
     return [*problems, *_check_rotary_scaling(model)]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megagpt.plan.estimates import DTYPE_BYTES
-from megagpt.plan.layout import norm_parameters, stage_parameters_per_rank
+from megagpt.plan.layout import norm_parameters, norms_of_layer, stage_parameters_per_rank
 from megagpt.plan.plan import Plan
 from megagpt.plan.recompute import layer_runs
 
@@ -132,7 +132,7 @@ def _partial_gradients(plan: Plan, layers: int, last: bool) -> Transfer:
     model = plan.model
     elements = 0
     if plan.run.parallel.sequence_parallel:
-        elements += (2 * layers + last) * norm_parameters(model)
+        elements += (layers * norms_of_layer(model) + last) * norm_parameters(model)
         elements += 2 * layers * model.hidden_size if model.add_bias_linear else 0
     if model.qk_layernorm:
         elements += 2 * layers * norm_parameters(model, model.kv_channels)

@@ -21,6 +21,13 @@ NEOX = LAYERNORM | {
     "hidden_size": 32,
 }
 
+GEMMA = {
+    "activation": "geglu_tanh",
+    "layernorm_zero_centered_gamma": True,
+    "scale_embedding": True,
+    "untie_embeddings_and_output_weights": False,
+}
+
 # name -> (expected family, keys of the model)
 MODELS: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {}),
@@ -65,6 +72,34 @@ MODELS: dict[str, tuple[str, dict]] = {
             "untie_embeddings_and_output_weights": False,
         },
     ),
+    "gemma-tied": ("gemma", GEMMA | {"num_query_groups": 1}),
+    "gemma2-tied": (
+        "gemma2",
+        GEMMA
+        | {
+            "post_layernorms": True,
+            "sliding_window": 6,
+            "window_attn_skip_freq": 2,
+            "query_pre_attn_scalar": 13,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 8.0,
+            "num_query_groups": 2,
+        },
+    ),
+    "gemma2-untied-plain": ("gemma2", GEMMA | {"post_layernorms": True, "untie_embeddings_and_output_weights": True}),
+    "gemma3-tied": (
+        "gemma3_text",
+        GEMMA
+        | {
+            "post_layernorms": True,
+            "qk_layernorm": True,
+            "sliding_window": 6,
+            "window_attn_skip_freq": 2,
+            "rotary_base": 1000.0,
+            "rotary_base_local": 50.0,
+            "rotary_scaling": {"type": "linear", "factor": 8.0},
+        },
+    ),
     "gpt2-tied": ("gpt2", GPT2 | {"untie_embeddings_and_output_weights": False}),
     "gpt2-untied-gelu": ("gpt2", GPT2 | {"activation": "gelu", "ffn_hidden_size": 40}),
     "gpt2-relu": ("gpt2", GPT2 | {"activation": "relu", "add_qkv_bias": True}),
@@ -87,15 +122,17 @@ def random_weights(model: ModelConfig, seed: int = 5) -> dict[str, Tensor]:
     weights = {}
     for name, shape in canonical_shapes(model).items():
         noise = torch.randn(shape, generator=generator)
-        weights[name] = 1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.3 * noise
+        is_norm = "norm" in name and name.endswith("weight") and not model.layernorm_zero_centered_gamma
+        weights[name] = 1 + 0.3 * noise if is_norm else 0.3 * noise
     return weights
 
 
-def _frequencies(model: ModelConfig, rotated: int) -> Tensor:
+def _frequencies(model: ModelConfig, rotated: int, local: bool) -> Tensor:
     """Radians per position of each pair, one after the other as arXiv 2104.09864 and Llama 3.1 say."""
     frequencies = []
+    base, scaling = (model.rotary_base_local, None) if local else (model.rotary_base, model.rotary_scaling)
     for pair in range(rotated // 2):
-        frequency, scaling = model.rotary_base ** (-2 * pair / rotated), model.rotary_scaling
+        frequency = base ** (-2 * pair / rotated)
         if scaling is not None and scaling.type == "linear":
             frequency /= scaling.factor
         elif scaling is not None:
@@ -112,10 +149,10 @@ def _frequencies(model: ModelConfig, rotated: int) -> Tensor:
     return torch.tensor(frequencies, dtype=torch.float64)
 
 
-def _rotated(x_BSND: Tensor, model: ModelConfig, rotated: int) -> Tensor:
+def _rotated(x_BSND: Tensor, model: ModelConfig, rotated: int, local: bool) -> Tensor:
     """Rotate pairs (j, j + rotated/2) of the first `rotated` channels by complex multiplication."""
     half = rotated // 2
-    frequency = _frequencies(model, rotated)
+    frequency = _frequencies(model, rotated, local)
     angle = torch.arange(x_BSND.shape[1], dtype=torch.float64)[:, None, None] * frequency
     pairs = torch.complex(x_BSND[..., :half].double(), x_BSND[..., half:rotated].double())
     turned = pairs * torch.polar(torch.ones_like(angle), angle)
@@ -137,11 +174,13 @@ class ReferenceGPT:
     def norm(self, name: str, x: Tensor) -> Tensor:
         if self.model.normalization == "RMSNorm":
             scale = (x.pow(2).mean(-1, keepdim=True) + self.model.layernorm_epsilon).sqrt()
-            return x / scale * self.weights[f"{name}.weight"]
+            return x / scale * (self.weights[f"{name}.weight"] + self.model.layernorm_zero_centered_gamma)
         weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
         return F.layer_norm(x, x.shape[-1:], weight, bias, self.model.layernorm_epsilon)
 
-    def attention(self, layer: str, x_BSH: Tensor) -> Tensor:
+    def attention(self, index: int, x_BSH: Tensor) -> Tensor:
+        layer = f"layers.{index}"
+        windowed = self.model.sliding_window and (index + 1) % (self.model.window_attn_skip_freq or index + 2) != 0
         sequence, model, per_group = x_BSH.shape[1], self.model, self.heads // self.groups
         qkv = self.linear(f"{layer}.self_attention.linear_qkv", x_BSH).split(self.channels, dim=-1)
         outputs = []
@@ -152,31 +191,49 @@ class ReferenceGPT:
                 q, k = (self.norm(f"{layer}.self_attention.{x}_layernorm", y) for x, y in (("q", q), ("k", k)))
             if model.position_embedding_type == "rope":
                 rotated = int(self.channels * model.rotary_percent)
-                q, k = (_rotated(x[:, :, None], model, rotated)[:, :, 0] for x in (q, k))
-            scores = q @ k.transpose(1, 2) / self.channels**0.5
+                local = bool(windowed and model.rotary_base_local)
+                q, k = (_rotated(x[:, :, None], model, rotated, local)[:, :, 0] for x in (q, k))
+            scores = q @ k.transpose(1, 2) / (model.query_pre_attn_scalar or self.channels) ** 0.5
+            if model.attn_logit_softcapping:
+                scores = model.attn_logit_softcapping * (scores / model.attn_logit_softcapping).tanh()
             distance = torch.arange(sequence)[:, None] - torch.arange(sequence)
-            hidden = (distance < 0) | (distance >= (model.sliding_window or sequence))
+            hidden = (distance < 0) | (distance >= (model.sliding_window if windowed else sequence))
             outputs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v)
         return self.linear(f"{layer}.self_attention.linear_proj", torch.cat(outputs, dim=-1))
 
     def mlp(self, layer: str, x: Tensor) -> Tensor:
         inner = self.linear(f"{layer}.mlp.linear_fc1", x)
         kind = self.model.activation
-        if kind in ("swiglu", "geglu"):
+        if "glu" in kind:
             gate, up = inner.chunk(2, dim=-1)
-            inner = (F.silu(gate) if kind == "swiglu" else F.gelu(gate)) * up
+            approximate = "tanh" if "tanh" in kind else "none"
+            inner = (F.silu(gate) if kind == "swiglu" else F.gelu(gate, approximate=approximate)) * up
         else:
             inner = F.relu(inner) if kind == "relu" else F.gelu(inner, approximate="tanh" if "tanh" in kind else "none")
         return self.linear(f"{layer}.mlp.linear_fc2", inner)
 
     def __call__(self, tokens_BS: Tensor) -> Tensor:
         x = self.weights["embedding.word_embeddings.weight"][tokens_BS]
+        if self.model.scale_embedding:
+            x = x * self.model.hidden_size**0.5
         if self.model.position_embedding_type == "learned_absolute":
             x = x + self.weights["embedding.position_embeddings.weight"][: tokens_BS.shape[1]]
         for i in range(self.model.num_layers):
             layer = f"layers.{i}"
-            attended = x + self.attention(layer, self.norm(f"{layer}.input_layernorm", x))
+            output = self.attention(i, self.norm(f"{layer}.input_layernorm", x))
+            if self.model.post_layernorms:
+                output = self.norm(f"{layer}.post_self_attn_layernorm", output)
+            attended = x + output
             mlp_input = x if self.model.parallel_residual else attended
-            x = attended + self.mlp(layer, self.norm(f"{layer}.pre_mlp_layernorm", mlp_input))
+            output = self.mlp(layer, self.norm(f"{layer}.pre_mlp_layernorm", mlp_input))
+            if self.model.post_layernorms:
+                output = self.norm(f"{layer}.post_mlp_layernorm", output)
+            x = attended + output
         tied = self.weights["embedding.word_embeddings.weight"]
-        return self.norm("final_norm", x) @ self.weights.get("head.weight", tied).T
+        logits, cap = (
+            self.norm("final_norm", x) @ self.weights.get("head.weight", tied).T,
+            self.model.final_logit_softcapping,
+        )
+        if cap:
+            logits = cap * (logits / cap).tanh()
+        return logits

@@ -24,6 +24,12 @@ HF_SIZES = dict(
 )
 LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 RMS = dict(ffn_hidden_size=80, layernorm_epsilon=1e-6)
+GEMMA = RMS | dict(
+    activation="geglu_tanh",
+    layernorm_zero_centered_gamma=True,
+    scale_embedding=True,
+    untie_embeddings_and_output_weights=False,
+)
 
 # name -> (family, transformers' config as its users write it, the keys of our model that mean the same)
 CASES: dict[str, tuple[str, dict, dict]] = {
@@ -57,6 +63,28 @@ CASES: dict[str, tuple[str, dict, dict]] = {
         "qwen3",
         dict(num_key_value_heads=2, head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
         RMS | dict(num_query_groups=2, kv_channels=16, qk_layernorm=True, rotary_base=1e6),
+    ),
+    "gemma": (
+        "gemma",
+        dict(num_key_value_heads=1, head_dim=16),
+        GEMMA | dict(num_query_groups=1, kv_channels=16),
+    ),
+    "gemma 2": (
+        "gemma2",
+        dict(num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=20, sliding_window=11)
+        | dict(attn_logit_softcapping=5.0, final_logit_softcapping=20.0),
+        GEMMA
+        | dict(num_query_groups=2, kv_channels=16, query_pre_attn_scalar=20, sliding_window=11)
+        | dict(attn_logit_softcapping=5.0, final_logit_softcapping=20.0, window_attn_skip_freq=2, post_layernorms=True),
+    ),
+    "gemma 3": (
+        "gemma3_text",
+        dict(num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=20, sliding_window=11, sliding_window_pattern=3)
+        | dict(rope_theta=1000.0, rope_local_base_freq=100.0, rope_scaling=dict(rope_type="linear", factor=8.0)),
+        GEMMA
+        | dict(num_query_groups=2, kv_channels=16, query_pre_attn_scalar=20, sliding_window=11, rotary_base=1000.0)
+        | dict(rotary_base_local=100.0, rotary_scaling=dict(type="linear", factor=8.0), qk_layernorm=True)
+        | dict(window_attn_skip_freq=3, post_layernorms=True),
     ),
     "gpt2": (
         "gpt2",

@@ -77,9 +77,13 @@ def test_config_is_the_same_for_old_and_new_readers(name):
     assert config["vocab_size"] == 257
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 3)
     if model.position_embedding_type == "rope":
-        flat = config.get("rope_theta", config.get("rotary_emb_base"))
-        assert flat == config["rope_parameters"]["rope_theta"] == model.rotary_base
-        share = config["rope_parameters"].get("partial_rotary_factor", 1.0)
+        flat, new = config.get("rope_theta", config.get("rotary_emb_base")), config["rope_parameters"]
+        if "sliding_attention" in new:  # one per kind of layer
+            assert config["rope_local_base_freq"] == new["sliding_attention"]["rope_theta"] == model.rotary_base_local
+            new = new["full_attention"]
+        assert flat == new["rope_theta"] == model.rotary_base
+        assert config.get("rope_scaling", {}).items() <= new.items()
+        share = new.get("partial_rotary_factor", 1.0)
         assert config.get("rotary_pct", 1.0) == share == model.rotary_percent
 
 

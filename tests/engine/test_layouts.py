@@ -117,6 +117,8 @@ LAYOUTS = [
     ("gpt2", SGD, {"tp": 2, "sp": True}),
     ("gpt2", SGD, {"pp": 2, "dp": 2}),
     ("neox", SGD, {"tp": 2, "pp": 2}),
+    ("gemma", SGD, {"tp": 2, "pp": 2}),
+    ("gemma", SGD, {"tp": 2, "sp": True, "dp": 2}),
     ("qwen3", SGD, {"tp": 2}),
     ("qwen3", SGD, {"tp": 2, "sp": True, "dp": 2}),
     ("qwen3", ADAM, {"tp": 2, "pp": 2, "sp": True, "recompute": {"recompute_granularity": "selective"}}),

@@ -14,10 +14,13 @@ def inputs(groups: int) -> list[Tensor]:
     return [torch.randn(B, heads, S, D, generator=generator).double() for heads in (N, groups, groups)]
 
 
-def written_out(query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
+def written_out(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
     """Every score, then the mask, then softmax."""
     key, value = (x.repeat_interleave(N // x.shape[1], 1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     distance = torch.arange(S)[:, None] - torch.arange(S)
     hidden = (distance < 0) | (distance >= (window or S))
     return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
@@ -25,22 +28,26 @@ def written_out(query: Tensor, key: Tensor, value: Tensor, *, scale: float, wind
 
 @pytest.mark.parametrize("groups", [N, G, 1])
 @pytest.mark.parametrize("window", [None, 1, 5, 18, 19, S - 1, S, 100])
-def test_values_and_gradients(window, groups):
-    from megagpt.model.causal_attention import causal_attention
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_values_and_gradients(monkeypatch, softcap, window, groups):
+    from megagpt.model import causal_attention as module
+
+    monkeypatch.setattr(module, "QUERY_BLOCK", 16)
 
     tensors = inputs(groups)
     weights = torch.randn(B, N, S, D, generator=torch.Generator().manual_seed(1)).double()
     results = []
-    for attend in (causal_attention, written_out):
+    for attend in (module.causal_attention, written_out):
         leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-        out = attend(*leaves, scale=0.3, window=window)
+        out = attend(*leaves, scale=0.3, window=window, softcap=softcap)
         (out * weights).sum().backward()
         results.append([out, *(leaf.grad for leaf in leaves)])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_window_keeps_no_scores_for_the_backward_pass():
+@pytest.mark.parametrize("options", [{"window": 32}, {"softcap": 3.0}], ids=str)
+def test_no_scores_are_kept_for_the_backward_pass(options):
     """What is kept grows with the length, not with its square."""
     from megagpt.model.causal_attention import causal_attention
 
@@ -53,7 +60,7 @@ def test_a_window_keeps_no_scores_for_the_backward_pass():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            causal_attention(query, key, key, window=32)
+            causal_attention(query, key, key, **options)
         return sum(sizes.values())
 
     assert kept(1024) < 2.2 * kept(512)

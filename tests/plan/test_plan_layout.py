@@ -125,6 +125,7 @@ def test_padding_is_the_least_that_divides(vocab, divisor, tensor):
         ({"activation": "swiglu", "ffn_hidden_size": 80}, 64 * 192 + 64 * 64 + 3 * 64 * 80 + 2 * 64),
         ({"activation": "gelu", "num_query_groups": 2}, 64 * 128 + 64 * 64 + 2 * 64 * 256 + 2 * 64),
         ({"activation": "gelu", "kv_channels": 8}, 64 * 96 + 32 * 64 + 2 * 64 * 256 + 2 * 64),
+        ({"activation": "gelu", "post_layernorms": True}, 64 * 192 + 64 * 64 + 2 * 64 * 256 + 4 * 64),
         ({"activation": "gelu", "qk_layernorm": True}, 64 * 192 + 64 * 64 + 2 * 64 * 256 + 2 * 64 + 2 * 16),
         ({"activation": "gelu", "add_qkv_bias": True}, 64 * 192 + 192 + 64 * 64 + 2 * 64 * 256 + 2 * 64),
         (BIASED, 64 * 192 + 192 + 64 * 64 + 64 + 2 * 64 * 256 + 256 + 64 + 4 * 64),

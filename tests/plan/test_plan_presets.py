@@ -13,6 +13,8 @@ DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 PUBLISHED_PARAMETERS = {
     "gpt2-124m": 124_439_808,
     "gpt-neox-20b": 20_554_567_680,
+    "gemma2-2b": 2_614_341_888,
+    "gemma3-1b": 999_885_952,
     "llama2-7b": 6_738_415_616,
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,

@@ -85,6 +85,9 @@ def parallel(tensor=1, pipeline=1, sequence=False):
         ({"model": {"kv_channels": 7}}, {}, 1, "gives 7 rotated channels"),
         ({"model": {"rotary_percent": 0.1}}, {}, 1, "gives 0 rotated channels"),
         ({"model": {"rotary_scaling": LINEAR, **LEARNED}}, {}, 1, "model.rotary_scaling stretches rotary frequencies"),
+        ({"model": {"parallel_residual": True, "post_layernorms": True}}, {}, 1, "does not go with model.parallel_res"),
+        ({"model": {"window_attn_skip_freq": 2}}, {}, 1, "model.window_attn_skip_freq=2 is about layers with a window"),
+        ({"model": {"rotary_base_local": 1.0}}, {}, 1, "model.sliding_window is not set; set it, or remove rotary_"),
         (
             {"model": {"rotary_scaling": {**LINEAR, "low_freq_factor": 2.0}}},
             {},
