@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megagpt.engine.fragments import Fragment, local_fragments
 from megagpt.engine.loss_scale import own_loss_scaler
+from megagpt.errors import ConfigError
 from megagpt.model import (
     GPT,
     PipelineLayer,
@@ -83,7 +84,11 @@ class Engine:
         norm = self._wrapped.get_global_grad_norm()
         if self._loss_scaler is not None:
             self._loss_scaler.end_step()
-        return StepResult(loss, norm, loss_scale, skipped=is_fp16 and bool(zero.overflow))
+        skipped = is_fp16 and bool(zero.overflow)
+        if skipped and self.plan.deepspeed.offloads_optimizer and self.plan.zero_stage < 3:
+            # DeepSpeed keeps the overflowed sums of offloaded gradients, and would add each later step's to them.
+            zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+        return StepResult(loss, norm, loss_scale, skipped)
 
     def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
         self._wrapped.train()
@@ -192,7 +197,16 @@ def named_parameters(module: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Pa
 
 
 def build_engine(plan: Plan, ranks: Ranks) -> Engine:
-    """Build this rank's part of the model with its initial weights and hand it to DeepSpeed."""
+    """Build this rank's part of the model with its initial weights and hand it to DeepSpeed.
+
+    Raises:
+        ConfigError: this host cannot run what the DeepSpeed config asks for.
+    """
+    if plan.deepspeed.is_quantized and not torch.cuda.is_available():
+        raise ConfigError(
+            f"{plan.deepspeed.source}: zero_optimization.zero_quantized_weights and zero_quantized_gradients need CUDA "
+            "kernels, but this host has no CUDA device; remove them here (the rest of ZeRO runs the same without)"
+        )
     is_pipeline = plan.pipeline_parallel_size > 1
     module: nn.Module = _pipeline_module(plan) if is_pipeline else GPT(plan)
     initialize_weights(named_parameters(module, plan), plan, ranks.tensor_rank)

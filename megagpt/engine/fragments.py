@@ -33,8 +33,10 @@ class Fragment:
         return self.start + self.master.numel()
 
     def moment(self, key: str) -> Tensor:
-        """The optimizer's state tensor `key` (`exp_avg`, ...) of this part: a 1-D view."""
+        """The optimizer's state tensor `key` (`exp_avg`, ...) of this part: 1-D, a view unless there was no update."""
         state = self._optimizer.state[self._flat]
+        if key not in state:  # fp16 may have skipped all steps so far
+            return torch.zeros_like(self.master)
         return state[key].narrow(0, self._flat_start, self.master.numel())
 
     def prepare_state(self, step: int, keys: Iterable[str]) -> None:

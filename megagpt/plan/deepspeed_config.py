@@ -5,13 +5,14 @@ Values are judged one by one here; what they mean together with the run config i
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megagpt.errors import ConfigError
 from megagpt.plan.config import is_count
-from megagpt.plan.deepspeed_keys import REFUSED_KEYS, SECTION_KEYS, TOP_LEVEL_KEYS
+from megagpt.plan.deepspeed_keys import OFFLOAD_KEYS, REFUSED_KEYS, SECTION_KEYS, TOP_LEVEL_KEYS
 from megagpt.plan.wording import suggestion
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -56,6 +57,26 @@ class DeepSpeedConfig:
     """Type in which gradients are accumulated, if given."""
     gradient_clipping: float
     """Largest norm of the gradients; 0.0 is off; DeepSpeed 0.19's default is 1.0."""
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether master weights and moments live in host memory, where the update is made too."""
+        return self._offload_device("offload_optimizer") != "none"
+
+    @property
+    def offloads_parameters(self) -> bool:
+        """Whether the weights live in host memory until a layer needs them."""
+        return self._offload_device("offload_param") != "none"
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether ZeRO++ sends weights or gradients with fewer bits, which takes CUDA kernels."""
+        zero = self.raw.get("zero_optimization", {})
+        return any(zero.get(key) for key in ("zero_quantized_weights", "zero_quantized_gradients"))
+
+    def _offload_device(self, key: str) -> str:
+        section = self.raw.get("zero_optimization", {}).get(key)
+        return str(section.get("device", "none")) if isinstance(section, dict) else "none"
 
     @property
     def loss_scale_is_dynamic(self) -> bool:
@@ -149,8 +170,17 @@ def _check_keys(tree: dict[str, Any]) -> list[str]:
         if not isinstance(section, dict):
             problems.append(f"{name}={section!r} must be an object with keys such as {known[0]}")
             continue
-        problems += [f"{name}.{key}: unknown key; {suggestion(key, known)}" for key in section if key not in known]
+        problems += _unknown_keys(name, section, known)
+    zero = tree.get("zero_optimization", {})
+    for name, known in OFFLOAD_KEYS.items():
+        section = zero.get(name) if isinstance(zero, dict) else None
+        if isinstance(section, dict):
+            problems += _unknown_keys(f"zero_optimization.{name}", section, known)
     return problems
+
+
+def _unknown_keys(name: str, section: dict[str, Any], known: Sequence[str]) -> list[str]:
+    return [f"{name}.{key}: unknown key; {suggestion(key, known)}" for key in section if key not in known]
 
 
 def _find_auto(value: Any, location: str = "") -> list[str]:

@@ -151,3 +151,20 @@ SECTION_KEYS = {
     ),
 }
 SECTION_KEYS["bfloat16"] = SECTION_KEYS["bf16"]
+
+OFFLOAD_KEYS = {
+    "offload_param": ("device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"),
+    "offload_optimizer": (
+        "device",
+        "nvme_path",
+        "buffer_count",
+        "pin_memory",
+        "pipeline_read",
+        "pipeline_write",
+        "fast_init",
+        "ratio",
+        "super_offload",
+        "cpuadam_cores_perc",
+    ),
+}
+"""Keys of the sections inside `zero_optimization`."""

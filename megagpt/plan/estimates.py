@@ -7,6 +7,7 @@ h hidden size, t tensor-parallel size, L layers, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megagpt.plan.config import ModelConfig, TrainingConfig
 from megagpt.plan.deepspeed_config import Precision
@@ -34,11 +35,23 @@ class MemoryEstimate:
     """fp32 master weights and, for AdamW, two moments."""
     activations: int
     """What the backward pass needs of all micro-batches in flight."""
+    host: int = 0
+    """Model states offloaded to this rank's share of host memory; not part of the total."""
 
     @property
     def total(self) -> int:
-        """Sum of all parts in bytes."""
+        """Sum of all parts on the device in bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations
+
+
+class StateBytes(NamedTuple):
+    """Bytes of model states of one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    host: int
+    """What is offloaded from the device."""
 
 
 def model_flops_per_step(model: ModelConfig, seq_length: int, global_batch_size: int) -> int:
@@ -97,22 +110,37 @@ def model_state_bytes(
     zero_stage: int,
     data_parallel_size: int,
     optimizer: str,
-) -> tuple[int, int, int]:
-    """Bytes of (weights, gradients, optimizer) on one rank that holds `parameters` before ZeRO's sharding.
+    offloads_optimizer: bool = False,
+    offloads_parameters: bool = False,
+) -> StateBytes:
+    """Bytes of model states on one rank that holds `parameters` before ZeRO's sharding.
 
     ZeRO (arXiv 1910.02054), 16 bit with Adam, N = data-parallel size: stage 1 `(4 + 12/N) P`, stage 2 `(2 + 14/N) P`,
     stage 3 `16 P / N`. Gradients count 4 bytes instead of 2 when they are accumulated in fp32. DeepSpeed keeps its own
     master copy of the weights for fp32 models too.
+
+    Offloading the optimizer moves its states to the host, and adds fp32 gradients for them and (stages 1 and 2) a copy
+    of the weights on their way back; under stage 3 the accumulated gradients move too. Offloading parameters (stage 3)
+    moves the weights; what a layer has gathered while it computes is not counted.
     """
     ranks = data_parallel_size
     weights = parameters * DTYPE_BYTES[precision]
     gradients = parameters * DTYPE_BYTES[grad_accum_dtype]
     states = parameters * (4 + (8 if optimizer == "adamw" else 0))
-    return (
-        -(-weights // ranks) if zero_stage >= 3 else weights,
-        -(-gradients // ranks) if zero_stage >= 2 else gradients,
-        -(-states // ranks) if zero_stage >= 1 else states,
-    )
+    part = -(-parameters // ranks)
+    weights = -(-weights // ranks) if zero_stage >= 3 else weights
+    gradients = -(-gradients // ranks) if zero_stage >= 2 else gradients
+    states = -(-states // ranks) if zero_stage >= 1 else states
+    host = 0
+    if offloads_optimizer:
+        host, states = states + 4 * part, 0
+        if zero_stage >= 3:
+            host, gradients = host + gradients, 0
+        else:
+            host += DTYPE_BYTES[precision] * part
+    if offloads_parameters:
+        host, weights = host + weights, 0
+    return StateBytes(weights, gradients, states, host)
 
 
 def layer_activation_bytes(

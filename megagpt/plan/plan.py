@@ -106,6 +106,9 @@ class Plan:
         if self.precision == "bf16" and self.zero_stage == 1 and self.grad_accum_dtype == "fp32":
             # each bf16 gradient is added to the fp32 sum at once and freed, not kept until the step (2 bytes more)
             config.setdefault("bf16", {}).setdefault("immediate_grad_update", True)
+        if self.deepspeed.offloads_optimizer:
+            # torch's optimizer steps on the host too; DeepSpeed's own would be compiled first
+            config["zero_force_ds_cpu_optimizer"] = False
         if self.run.optimizer.name == "sgd":
             # DeepSpeed lists the Adams it has tested under ZeRO; plain SGD is not among them
             config["zero_allow_untested_optimizer"] = True
@@ -163,9 +166,7 @@ def make_plan(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> Pl
             recomputed_layers(run.training, [len(transformer_layers_of_stage(bounds, p)) for p in range(pipeline)]),
         ),
         memory_per_stage=tuple(
-            _estimate_memory(
-                run, deepspeed.precision, grad_accum_dtype, zero_stage, data, batch, padded_vocab, bounds, p
-            )
+            _estimate_memory(run, deepspeed, grad_accum_dtype, zero_stage, data, batch, padded_vocab, bounds, p)
             for p in range(pipeline)
         ),
         notes=tuple(_notes(run, deepspeed, batch)),
@@ -174,7 +175,7 @@ def make_plan(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> Pl
 
 def _estimate_memory(
     run: RunConfig,
-    precision: Precision,
+    deepspeed: DeepSpeedConfig,
     grad_accum_dtype: Precision,
     zero_stage: int,
     data_parallel_size: int,
@@ -186,13 +187,15 @@ def _estimate_memory(
     """Estimate the bytes on one rank of one pipeline stage."""
     parallel = run.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    weights, gradients, optimizer = model_state_bytes(
+    states = model_state_bytes(
         stage_parameters_per_rank(run.model, bounds, stage, tensor, padded_vocab),
-        precision,
+        deepspeed.precision,
         grad_accum_dtype,
         zero_stage,
         data_parallel_size,
         run.optimizer.name,
+        deepspeed.offloads_optimizer,
+        deepspeed.offloads_parameters,
     )
     activations = stage_activation_bytes(
         run.model,
@@ -205,9 +208,9 @@ def _estimate_memory(
         tensor_parallel_size=tensor,
         sequence_parallel=parallel.sequence_parallel,
         training=run.training,
-        precision=precision,
+        precision=deepspeed.precision,
     )
-    return MemoryEstimate(stage, weights, gradients, optimizer, activations)
+    return MemoryEstimate(stage, states.weights, states.gradients, states.optimizer, activations, states.host)
 
 
 def _notes(run: RunConfig, deepspeed: DeepSpeedConfig, batch: Batch) -> list[str]:

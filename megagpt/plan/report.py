@@ -40,7 +40,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "tokens_per_step": plan.tokens_per_step,
         "stage_bounds": list(plan.stage_bounds),
         "memory_per_stage": [
-            {"stage": estimate.stage, **{part: getattr(estimate, part) for part in MEMORY_PARTS}}
+            {"stage": estimate.stage, **{part: getattr(estimate, part) for part in (*MEMORY_PARTS, "host")}}
             for estimate in plan.memory_per_stage
         ],
         "sent_per_stage": [_sent_bytes(plan, stage) for stage in range(plan.pipeline_parallel_size)],
@@ -110,6 +110,10 @@ def _precision_lines(plan: Plan) -> list[str]:
         f"{plan.precision} weights; gradients summed in {plan.grad_accum_dtype} and {clipping}; "
         f"ZeRO stage {plan.zero_stage}; {plan.run.optimizer.name}"
     ]
+    if plan.deepspeed.offloads_parameters:
+        lines.append("weights in host memory until a layer needs them")
+    if plan.deepspeed.offloads_optimizer:
+        lines.append("master weights, moments and the update in host memory")
     if plan.precision == "fp16":
         kind = "dynamic, from" if plan.deepspeed.loss_scale_is_dynamic else "always"
         lines.append(
@@ -145,12 +149,13 @@ def _memory_table(plan: Plan) -> list[str]:
     contents = [stage_contents(plan, stage) for stage in range(plan.pipeline_parallel_size)]
     width = max(len("holds"), *(len(text) for text in contents))
     scale, unit = (GIB, "GiB") if plan.memory.total >= GIB else (1 << 20, "MiB")
+    parts = [*MEMORY_PARTS, *(["host"] if plan.memory.host else [])]
     lines = [
         f"estimated memory per rank in {unit} (buckets, temporary tensors and the framework come on top)",
-        f"{'stage':<7}{'holds':<{width}}" + "".join(f"{part:>13}" for part in MEMORY_PARTS),
+        f"{'stage':<7}{'holds':<{width}}" + "".join(f"{part:>13}" for part in parts),
     ]
     for text, estimate in zip(contents, plan.memory_per_stage, strict=True):
-        sizes = "".join(f"{getattr(estimate, part) / scale:>13.2f}" for part in MEMORY_PARTS)
+        sizes = "".join(f"{getattr(estimate, part) / scale:>13.2f}" for part in parts)
         lines.append(f"{estimate.stage:<7}{text:<{width}}{sizes}")
     return lines
 

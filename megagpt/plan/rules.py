@@ -9,6 +9,7 @@ from megagpt.plan.config import ModelConfig, RunConfig
 from megagpt.plan.deepspeed_config import DeepSpeedConfig
 from megagpt.plan.recompute import FULL_ONLY_KEYS
 from megagpt.plan.wording import or_list, shown
+from megagpt.plan.zero import check_zero
 
 
 def check_all(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> list[str]:
@@ -27,6 +28,7 @@ def check_all(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> li
         *check_schedule(run),
         *check_data_and_outputs(run),
         *check_deepspeed(run, deepspeed),
+        *check_zero(run, deepspeed, world_size),
         *check_batch(run, deepspeed, world_size),
     ]
 
@@ -284,14 +286,6 @@ def check_data_and_outputs(run: RunConfig) -> list[str]:
 def check_deepspeed(run: RunConfig, deepspeed: DeepSpeedConfig) -> list[str]:
     """What DeepSpeed could do, but megagpt does not support."""
     problems = []
-    zero = deepspeed.raw.get("zero_optimization", {})
-    offloads = [key for key in ("offload_optimizer", "offload_param") if _offload_device(zero.get(key)) != "none"]
-    offloads += [key for key in ("cpu_offload", "cpu_offload_param", "zenflow") if zero.get(key)]
-    for key in offloads:
-        problems.append(
-            f"{deepspeed.source}: zero_optimization.{key} is not supported yet; remove it, and use a higher ZeRO "
-            "stage, more tensor-parallel ranks or training.recompute_granularity=full to save memory"
-        )
     pipeline = deepspeed.raw.get("pipeline", {})
     if run.parallel.sequence_parallel:
         for key in ("pipe_partitioned", "grad_partitioned"):
@@ -308,10 +302,3 @@ def divisors(number: int) -> Iterable[int]:
     """All divisors, ascending."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
-
-
-def _offload_device(section: object) -> str:
-    """Device of an offload section; DeepSpeed's default inside a written section is none."""
-    if section is None:
-        return "none"
-    return str(section.get("device", "none")) if isinstance(section, dict) else "unknown"

@@ -13,6 +13,8 @@ pytestmark = pytest.mark.usefixtures("libraries")
 HALF, WHOLE = 3, 6
 OVERFLOWING = {"fp16": {"initial_scale_power": 21, "hysteresis": 1, "loss_scale_window": 2}}
 """A scale that is too large at first, and soon again."""
+OFFLOADING = {"offload_optimizer": {"device": "cpu"}}
+OFFLOADING_ALL = {**OFFLOADING, "offload_param": {"device": "cpu"}}
 
 
 def plan_in(folder: Path, **layout):
@@ -58,7 +60,8 @@ def curve(plan, save_at: int | None = None, resumes: bool = False, until: int = 
         {"dp": 2, "zero": 3},
         {"tp": 2, "sp": True},
         {"tp": 2, "pp": 2, "precision": "fp16", "model": "gpt2", "deepspeed": OVERFLOWING},
-        {"dp": 2, "zero": 3, "precision": "fp16", "deepspeed": OVERFLOWING},
+        {"tp": 2, "pp": 2, "precision": "bf16", "model": "gpt2", "deepspeed": {"zero_optimization": OFFLOADING}},
+        {"dp": 2, "zero": 3, "precision": "fp16", "deepspeed": {**OVERFLOWING, "zero_optimization": OFFLOADING_ALL}},
     ],
     ids=lambda layout: "-".join(
         f"{key}{value if isinstance(value, str | int) else ''}" for key, value in layout.items()
@@ -86,12 +89,13 @@ def test_resume_on_another_layout_continues_the_curve(tmp_path, source):
         assert [v[1] for v in values] == pytest.approx([v[1] for v in expected], rel=1e-4), target
 
 
-def test_a_move_to_another_precision_continues_the_curve(tmp_path):
-    plan = plan_in(tmp_path, precision="fp16", model="gpt2", tp=2, pp=2, deepspeed=OVERFLOWING)
+def test_a_move_to_another_precision_or_memory_continues_the_curve(tmp_path):
+    offloading = {**OVERFLOWING, "zero_optimization": OFFLOADING}
+    plan = plan_in(tmp_path, precision="fp16", model="gpt2", tp=2, pp=2, deepspeed=offloading)
     expected = run_ranks(curve, 4, plan, save_at=HALF)[0][HALF:]
     for target, error in (
-        ({"precision": "fp16", "deepspeed": OVERFLOWING, "dp": 2, "zero": 3}, 2e-3),
-        ({"precision": "bf16", "tp": 2, "zero": 2}, 0.05),
+        ({"precision": "fp16", "deepspeed": OVERFLOWING, "tp": 2, "zero": 2}, 2e-3),
+        ({"precision": "bf16", "deepspeed": {"zero_optimization": OFFLOADING_ALL}, "dp": 2, "zero": 3}, 0.05),
     ):
         other = plan_in(tmp_path, model="gpt2", **target)
         values = run_ranks(curve, 2, other, resumes=True)[0]

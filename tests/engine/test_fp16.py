@@ -13,8 +13,10 @@ STEPS = 10
 SCALING = {"initial_scale_power": 10, "hysteresis": 2, "loss_scale_window": 3}
 
 
-def fp16_plan(model="llama", optimizer=SGD, precision="fp16", steps=STEPS, **layout):
-    deepspeed = {"fp16": SCALING} if precision == "fp16" else None
+def fp16_plan(model="llama", optimizer=SGD, precision="fp16", steps=STEPS, offload="none", **layout):
+    deepspeed: dict = {"zero_optimization": {"offload_optimizer": {"device": offload}}}
+    if precision == "fp16":
+        deepspeed["fp16"] = SCALING
     return tiny_plan(model, optimizer, precision=precision, steps=steps, deepspeed=deepspeed, **layout)
 
 
@@ -84,7 +86,10 @@ def test_fp16_stays_near_the_fp32_curve(exact, model, optimizer, layout):
     ("model", "layout"),
     [
         ("gpt2", {"tp": 2, "pp": 2}),
+        ("gpt2", {"pp": 2, "offload": "cpu"}),
         ("llama", {"dp": 2, "zero": 1}),
+        ("llama", {"dp": 2, "zero": 2, "offload": "cpu"}),
+        ("llama", {"dp": 2, "zero": 3, "offload": "cpu"}),
         ("llama", {"tp": 2, "dp": 2, "zero": 2}),
         ("llama", {"tp": 2, "dp": 2, "zero": 3}),
     ],

@@ -10,7 +10,7 @@ import pytest
 from megagpt.errors import ConfigError
 from megagpt.plan import deepspeed_config_from_dict, load_deepspeed_config
 from megagpt.plan.deepspeed_config import DEFAULT_GRADIENT_CLIPPING
-from megagpt.plan.deepspeed_keys import REFUSED_KEYS, SECTION_KEYS, TOP_LEVEL_KEYS
+from megagpt.plan.deepspeed_keys import OFFLOAD_KEYS, REFUSED_KEYS, SECTION_KEYS, TOP_LEVEL_KEYS
 
 
 def test_what_is_read():
@@ -60,6 +60,10 @@ def test_both_names_of_bf16(name):
         ({"train_batchsize": 4}, "train_batchsize: unknown key; did you mean train_batch_size?"),
         ({"zero_optimization": {"stge": 1}}, "zero_optimization.stge: unknown key; did you mean stage?"),
         ({"zero_optimization": True}, "zero_optimization=True must be an object"),
+        (
+            {"zero_optimization": {"offload_param": {"devise": "cpu"}}},
+            "offload_param.devise: unknown key; did you",
+        ),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage=4 must be 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": True}}, "zero_optimization.stage=True must be 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "compute_grad_norm must be true"),
@@ -163,12 +167,14 @@ def fields_of_class(tree, name):
     ("section", "path", "class_name"),
     [
         ("zero_optimization", "runtime/zero/config.py", "DeepSpeedZeroConfig"),
+        ("offload_param", "runtime/zero/offload_config.py", "DeepSpeedZeroOffloadParamConfig"),
+        ("offload_optimizer", "runtime/zero/offload_config.py", "DeepSpeedZeroOffloadOptimizerConfig"),
         ("bf16", "runtime/precision_config.py", "DeepSpeedBF16Config"),
         ("fp16", "runtime/precision_config.py", "DeepSpeedFP16Config"),
     ],
 )
 def test_sections_have_deepspeeds_keys(section, path, class_name):
-    assert fields_of_class(deepspeed_source(path), class_name) == set(SECTION_KEYS[section])
+    assert fields_of_class(deepspeed_source(path), class_name) == set({**SECTION_KEYS, **OFFLOAD_KEYS}[section])
 
 
 def test_removed_keys_and_defaults_are_deepspeeds():

@@ -71,8 +71,18 @@ def test_model_states_are_those_of_arxiv_1910_02054(billions, ranks, stage, giga
 
 
 def test_fp32_gradients_and_sgd():
-    assert model_state_bytes(100, "bf16", "fp32", 1, 4, "adamw") == (200, 400, 300)
-    assert model_state_bytes(100, "fp32", "fp32", 1, 4, "sgd") == (400, 400, 100)
+    assert model_state_bytes(100, "bf16", "fp32", 1, 4, "adamw") == (200, 400, 300, 0)
+    assert model_state_bytes(100, "fp32", "fp32", 1, 4, "sgd") == (400, 400, 100, 0)
+
+
+def test_what_is_offloaded_leaves_the_device():
+    # stages 1 and 2: 12 bytes of states, fp32 gradients and a copy of the weights per parameter of this rank's part
+    offloaded = model_state_bytes(100, "bf16", "fp32", 2, 4, "adamw", offloads_optimizer=True)
+    assert offloaded == (200, 100, 0, 25 * (12 + 4 + 2))
+    offloaded = model_state_bytes(100, "bf16", "fp32", 3, 4, "adamw", offloads_optimizer=True)
+    assert offloaded == (50, 0, 0, 25 * (12 + 4 + 4))
+    everything = model_state_bytes(100, "fp16", "fp16", 3, 4, "sgd", offloads_optimizer=True, offloads_parameters=True)
+    assert everything == (0, 0, 0, 25 * (4 + 4 + 2 + 2))
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 8])

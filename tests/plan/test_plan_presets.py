@@ -97,10 +97,12 @@ def test_shipped_deepspeed_configs():
     assert [path.stem for path in DS_CONFIGS] == [
         "quickstart",
         "zero1_bf16",
+        "zero1_bf16_offload",
         "zero1_fp16",
         "zero1_fp32",
         "zero2_bf16",
         "zero3_bf16",
+        "zero3_bf16_offload",
     ]
     for path in DS_CONFIGS:
         stage = load_deepspeed_config(path).zero_stage

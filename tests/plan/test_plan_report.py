@@ -54,6 +54,19 @@ def test_the_report_says_everything_once(plan):
         assert text.count(words) == 1, (words, text)
 
 
+def test_the_report_tells_what_is_offloaded():
+    run = run_config_from_dict({"model": {"preset": "llama3-8b"}, "training": {"steps": 1}})
+    raw = {"train_batch_size": 8, "bf16": {"enabled": True}}
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    plan = make_plan(run, deepspeed_config_from_dict({**raw, "zero_optimization": zero}), 8)
+    text = describe(plan)
+    assert text.count("weights in host memory until a layer needs them") == 1
+    assert text.count("master weights, moments and the update in host memory") == 1
+    assert text.count(" host\n") == 1, "the table has a column for it"
+    assert plan_as_dict(plan)["memory_per_stage"][0]["host"] == plan.memory.host == 22 * plan.num_parameters // 8
+    assert plan.engine_config()["zero_force_ds_cpu_optimizer"] is False
+
+
 def test_the_report_tells_fp16s_loss_scale():
     run = run_config_from_dict({"model": {"preset": "quickstart"}, "training": {"steps": 1}})
     for fp16, words in (({}, "loss scale dynamic, from 65,536;"), ({"loss_scale": 128}, "loss scale always 128;")):

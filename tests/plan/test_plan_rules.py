@@ -43,6 +43,10 @@ def parallel(tensor=1, pipeline=1, sequence=False):
     }
 
 
+def zero(stage: int, **keys) -> dict:
+    return {"zero_optimization": {"stage": stage, **keys}}
+
+
 @pytest.mark.parametrize(
     ("sections", "deepspeed", "world_size", "words"),
     [
@@ -160,9 +164,31 @@ def parallel(tensor=1, pipeline=1, sequence=False):
         ({"data": {"split": [0, 1, 1]}}, {}, 1, "data.split=[0.0, 1.0, 1.0] must hold shares"),
         ({"data": {"split": [2, -1, 1]}}, {}, 1, "data.split=[2.0, -1.0, 1.0] must hold shares"),
         ({"checkpoint": {"save_interval": 5}}, {}, 1, "checkpoint.save_interval=5 needs a place to save to"),
-        ({}, {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, 1, "offload_param is not"),
-        ({}, {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}}, 1, "offload_optimizer is"),
-        ({}, {"zero_optimization": {"stage": 1, "cpu_offload": True}}, 1, "cpu_offload is not supported yet"),
+        ({}, zero(2, offload_param={"device": "cpu"}), 1, "offload_param needs ZeRO stage 3"),
+        (
+            {},
+            zero(3, offload_optimizer={"device": "nvme"}),
+            1,
+            'device="nvme" is not supported: checkpoints read the',
+        ),
+        ({}, zero(3, offload_optimizer={"device": "gpu"}), 1, 'device=\'gpu\' must be "cpu" or "none"'),
+        ({}, zero(3, offload_optimizer=True), 1, "offload_optimizer=True must be an object"),
+        ({}, zero(3, offload_optimizer={"device": "cpu", "ratio": 0.5}), 1, "ratio=0.5 needs DeepSpeed's compiled CPU"),
+        ({}, zero(3, offload_optimizer={"device": "cpu", "super_offload": True}), 1, "super_offload=true needs"),
+        ({}, zero(1, cpu_offload=True), 1, 'cpu_offload is an old name: write offload_optimizer: {"device": "cpu"}'),
+        ({}, zero(3, cpu_offload_param=True), 1, "cpu_offload_param is an old name: write offload_param"),
+        ({}, zero(1, zenflow={"topk_ratio": 0.1}), 1, "zero_optimization.zenflow is not supported"),
+        ({}, {"zero_force_ds_cpu_optimizer": True}, 1, "must be compiled; remove it"),
+        ({}, zero(2, zero_hpz_partition_size=2), 4, "zero_hpz_partition_size=2 (ZeRO++) needs ZeRO stage 3"),
+        ({}, zero(3, zero_hpz_partition_size=3), 4, "zero_hpz_partition_size=3 must divide the 4 ranks; use 1, 2 or 4"),
+        ({}, zero(3, zero_hpz_partition_size=0), 4, "zero_hpz_partition_size=0 must be a positive integer"),
+        (
+            {"parallel": parallel(2)},
+            zero(3, zero_quantized_weights=True),
+            4,
+            "would mix the tensor-parallel ranks'",
+        ),
+        ({}, zero(3, zero_quantized_nontrainable_weights=True), 1, "has no use, as all weights are trained"),
         ({"parallel": parallel(2, sequence=True)}, {"pipeline": {"pipe_partitioned": True}}, 2, "remove it"),
         ({}, {"train_batch_size": 7}, 1, "ds.json: train_batch_size=7 is not"),
     ],
@@ -182,7 +208,10 @@ def test_each_broken_rule_gets_one_sentence(sections, deepspeed, world_size, wor
         ({"parallel": {**parallel(pipeline=5), "pipeline_partition": "parameters"}}, {}, 5),
         ({"parallel": {**parallel(pipeline=3), "pipeline_partition": [1, 3, 0]}}, {}, 3),
         ({"parallel": parallel(2)}, {"zero_optimization": {"stage": 3}}, 4),
-        ({}, {"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}}, 1),
+        ({}, zero(1, offload_param={"device": "none"}, cpu_offload=None), 1),
+        ({}, zero(3, offload_param={"device": "cpu"}, offload_optimizer={"device": "cpu", "pin_memory": False}), 1),
+        ({"parallel": parallel(2, 2)}, zero(1, offload_optimizer={"device": "cpu"}), 4),
+        ({}, zero(3, zero_hpz_partition_size=2, zero_quantized_weights=True, zero_quantized_gradients=True), 4),
         ({"model": {"kv_channels": 7, "position_embedding_type": "learned_absolute"}}, {}, 1),
         ({"checkpoint": {"save_interval": 5, "directory": "runs/x"}}, {}, 1),
         ({"optimizer": {"warmup_steps": 9, "min_lr": 3e-4}}, {}, 1),
