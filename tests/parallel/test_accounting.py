@@ -189,6 +189,7 @@ LAYOUTS = [
     {"model": "gpt2", "tp": 2, "dp": 2, "zero": 2, "sp": True},
     {"model": "neox", "tp": 2, "sp": True},
     {"model": "qwen3", "tp": 2, "sp": True},
+    {"tp": 2, "sp": True, "recompute": FULL, "sections": {"model": {"num_query_groups": 1}}},
     {"dp": 2, "zero": 1, "zero_keys": {}},
     {"dp": 2, "zero": 1, "zero_keys": {"use_multi_rank_bucket_allreduce": False}},
     {"dp": 2, "zero": 2, "zero_keys": {}},
