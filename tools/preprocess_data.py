@@ -1,20 +1,37 @@
-"""Tokenise JSONL text into a dataset: PREFIX.bin, PREFIX.idx (Megatron's format) and the manifest PREFIX.json."""
+"""Tokenise text into a dataset: PREFIX.bin, PREFIX.idx (Megatron's format) and the manifest PREFIX.json.
+
+Inputs: JSONL (.jsonl, .json, .ndjson), text files (.txt, .text, .md; one document each), both also .gz or .zst, Parquet
+(.parquet), folders and globs of them. A job that was killed goes on where it stopped when it is started again. Several
+processes of one job share the work: Slurm array tasks, `srun`, `mpirun`, or --rank and --world-size.
+"""
 
 import argparse
 
-from megagpt.data.preprocess import preprocess
+from megagpt.data.inputs import FORMATS
+from megagpt.data.job_rank import find_job_rank
+from megagpt.data.preprocess import Job, run_job
 from megagpt.errors import run_command
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSONL files, one object a line")
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders and globs")
+    parser.add_argument("--input-format", choices=FORMATS, help="what the inputs hold (default: as their names say)")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="path of the dataset without .bin")
     parser.add_argument(
         "--tokenizer",
+        "--tokenizer-model",
         required=True,
         metavar="PATH",
-        help="sentencepiece .model, tokenizer.json or its folder, .tiktoken",
+        help="sentencepiece .model, Hugging Face tokenizer.json or its folder, or tiktoken file",
+    )
+    parser.add_argument(
+        "--json-keys",
+        "--text-key",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys (columns) of the texts; several give datasets PREFIX_KEY_document",
     )
     parser.add_argument(
         "--append-eod",
@@ -22,26 +39,53 @@ def main() -> None:
         default=True,
         help="end each document with the end-of-document token (default: yes)",
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes; the result does not depend on it")
+    parser.add_argument(
+        "--min-length",
+        type=int,
+        default=1,
+        metavar="CHARACTERS",
+        help="leave out documents with fewer characters (default 1: empty ones; 0: none, as Megatron-LM)",
+    )
     parser.add_argument("--seed", type=int, default=None, help="shuffle the documents; default: keep their order")
     parser.add_argument("--on-bad-line", choices=["error", "skip"], default="error", help="lines that are no documents")
-    parser.add_argument("--json-keys", "--text-key", default="text", metavar="KEY", help="key of the text")
-    args = parser.parse_args()
-    manifest = preprocess(
-        args.input,
-        args.output_prefix,
-        args.tokenizer,
-        text_key=args.json_keys,
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that was made differently")
+    parser.add_argument("--workers", type=int, default=1, help="processes; the result does not depend on it")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the tokenizer's library in each process")
+    parser.add_argument(
+        "--backend",
+        choices=["auto", "reference", "gigatoken"],
+        default="auto",
+        help="gigatoken is faster for tokenizer.json; auto: where it gives the same tokens on a probe of the inputs",
+    )
+    parser.add_argument("--rank", type=int, help="which of --world-size processes (default: as Slurm or MPI say)")
+    parser.add_argument("--world-size", type=int, help="processes that share this job, started on any machines")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    ranks = find_job_rank(args.rank, args.world_size)
+    job = Job(
+        inputs=args.input,
+        prefix=args.output_prefix,
+        tokenizer=args.tokenizer,
+        text_keys=args.json_keys,
         append_eod=args.append_eod,
+        min_length=args.min_length,
         seed=args.seed,
-        workers=args.workers,
         on_bad_line=args.on_bad_line,
+        input_format=args.input_format,
+        overwrite=args.overwrite,
     )
-    print(
-        f"{args.output_prefix}.bin: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens"
-        f" ({manifest.dtype}, vocabulary {manifest.vocab_size});"
-        f" skipped {manifest.skipped_empty} empty documents and {manifest.skipped_bad} bad lines"
-    )
+    made = run_job(job, ranks=ranks, workers=args.workers, threads=args.threads, backend=args.backend)
+    if not made:
+        print(f"rank {ranks.rank} of {ranks.world_size} is done; the last one to finish merges")
+    for prefix, manifest in zip(job.prefixes(), made, strict=False):
+        print(
+            f"{prefix}.bin: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens"
+            f" ({manifest.dtype}, vocabulary {manifest.vocab_size});"
+            f" skipped {manifest.skipped_short} documents as too short and {manifest.skipped_bad} bad lines"
+        )
 
 
 if __name__ == "__main__":

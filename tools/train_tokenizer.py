@@ -1,15 +1,15 @@
-"""Train a sentencepiece tokenizer on JSONL text: PREFIX.model."""
+"""Train a sentencepiece tokenizer: PREFIX.model. Inputs are those of preprocess_data.py."""
 
 import argparse
 
-from megagpt.data.jsonl import iter_texts
+from megagpt.data.documents import iter_texts
 from megagpt.data.tokenizer import CHAT_TOKENS, train_sentencepiece
 from megagpt.errors import run_command
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSONL files, one object a line")
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders and globs")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="the tokenizer is PREFIX.model")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens")
     parser.add_argument("--model-type", choices=["bpe", "unigram"], default="bpe")

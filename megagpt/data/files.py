@@ -1,5 +1,6 @@
 """Files which are either whole or absent: written under a temporary name, flushed to disk, then renamed."""
 
+import glob
 import hashlib
 import os
 from pathlib import Path
@@ -12,6 +13,13 @@ _CHUNK_BYTES = 1 << 20
 def temporary_name(path: Path) -> Path:
     """A name in the same folder (so that renaming is atomic), told apart by the process that writes it."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_temporary(*finals: Path) -> None:
+    """Remove what killed processes have left of files; only for whoever knows that no other one writes them."""
+    for final in finals:
+        for path in final.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def publish(temporary: Path, final: Path) -> None:

@@ -22,10 +22,10 @@ here checks everything that can be checked without reading .bin; a hash of both 
 import hashlib
 import os
 import struct
-from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -61,15 +61,21 @@ def idx_path(prefix: str | Path) -> Path:
 class IndexedWriter:
     """Writes documents to PREFIX.bin and PREFIX.idx, which appear only when the `with` block ends without an error.
 
-    Memory: 4 bytes a document.
+    Memory does not grow: lengths wait in a file.
 
     Attributes:
         num_documents, num_tokens: written so far.
         bin_sha256, idx_sha256: hashes of the files, set by `close`.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int):
+    def __init__(self, prefix: str | Path, vocab_size: int, empty_documents_have_a_sequence: bool = True):
         """Open temporary files beside the final ones; the folder is created.
+
+        Args:
+            prefix: path of the dataset without .bin.
+            vocab_size: number of tokens of the tokenizer.
+            empty_documents_have_a_sequence: False writes a document without tokens as one without sequences, as
+                Megatron-LM's preprocess_data.py does.
 
         Raises:
             OSError: the folder cannot be written.
@@ -81,10 +87,12 @@ class IndexedWriter:
         self.num_tokens = 0
         self.bin_sha256 = ""
         self.idx_sha256 = ""
-        self._lengths = array("i")
+        self._skips_empty = not empty_documents_have_a_sequence
+        self._num_sequences = 0
         self._hash = hashlib.sha256()
         self._bin.parent.mkdir(parents=True, exist_ok=True)
         self._file = temporary_name(self._bin).open("wb")
+        self._lengths = self._lengths_name().open("w+b")
 
     def __enter__(self) -> "IndexedWriter":
         return self
@@ -118,18 +126,36 @@ class IndexedWriter:
             OSError: the disk is full or gone.
         """
         assert int(lengths.sum(dtype=np.int64)) == tokens.size, "lengths must cover the tokens"
+        self.add_tokens(tokens)
+        self.add_lengths(lengths)
+
+    def add_tokens(self, tokens: np.ndarray) -> None:
+        """Append tokens, integers [tokens], whose lengths come by `add_lengths`.
+
+        Raises:
+            DataError: a token is outside the vocabulary.
+            OSError: the disk is full or gone.
+        """
         if tokens.size and not (tokens.min() >= 0 and tokens.max() < self._vocab_size):
             culprit = int(tokens.max()) if tokens.max() >= self._vocab_size else int(tokens.min())
             raise DataError(
                 f"{self._bin}: token {culprit} is outside the vocabulary of {self._vocab_size};"
                 " write the dataset with the tokenizer that made the tokens"
             )
-        content = np.ascontiguousarray(tokens, dtype=self.dtype).tobytes()
+        content = np.ascontiguousarray(tokens, dtype=self.dtype).data
         self._file.write(content)
         self._hash.update(content)
-        self._lengths.frombytes(np.ascontiguousarray(lengths, dtype=np.int32).tobytes())
-        self.num_documents += len(lengths)
         self.num_tokens += int(tokens.size)
+
+    def add_lengths(self, lengths: np.ndarray) -> None:
+        """Append documents of so many tokens each, int32 [documents].
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        self._lengths.write(np.ascontiguousarray(lengths, dtype="<i4").data)
+        self.num_documents += len(lengths)
+        self._num_sequences += int(np.count_nonzero(lengths)) if self._skips_empty else len(lengths)
 
     def close(self) -> None:
         """Put both files on disk under their final names; an old index goes first, so that it never meets new tokens.
@@ -139,6 +165,7 @@ class IndexedWriter:
         """
         temporary_bin, temporary_idx = temporary_name(self._bin), temporary_name(self._idx)
         try:
+            assert self._file_covers_lengths(), "lengths must cover the tokens"
             _sync_and_close(self._file)
             with temporary_idx.open("wb") as file:
                 self.idx_sha256 = self._write_index(file)
@@ -153,28 +180,49 @@ class IndexedWriter:
     def abort(self) -> None:
         """Remove the temporary files; harmless after `close`."""
         self._file.close()
+        self._lengths.close()
+        self._lengths_name().unlink(missing_ok=True)
         temporary_name(self._bin).unlink(missing_ok=True)
         temporary_name(self._idx).unlink(missing_ok=True)
 
+    def _lengths_name(self) -> Path:
+        return temporary_name(self._idx.with_name(f"{self._idx.name}.lengths"))
+
+    def _file_covers_lengths(self) -> bool:
+        return sum(int(lengths.sum()) for lengths in self._document_chunks()) == self.num_tokens
+
+    def _document_chunks(self) -> Iterator[np.ndarray]:
+        """Lengths of all documents, int64, some at a time."""
+        self._lengths.seek(0)
+        while content := self._lengths.read(4 * _ROWS_PER_CHUNK):
+            yield np.frombuffer(content, dtype="<i4").astype(np.int64)
+
+    def _sequence_chunks(self) -> Iterator[np.ndarray]:
+        """Lengths of all sequences, int64, some at a time."""
+        for lengths in self._document_chunks():
+            yield lengths[lengths > 0] if self._skips_empty else lengths
+
     def _write_index(self, file) -> str:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
         digest = hashlib.sha256()
 
-        def put(content: bytes) -> None:
+        def put(content: Any) -> None:
             file.write(content)
             digest.update(content)
 
-        put(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(lengths), len(lengths) + 1))
-        chunks = [slice(at, at + _ROWS_PER_CHUNK) for at in range(0, len(lengths), _ROWS_PER_CHUNK)]
-        for rows in chunks:
-            put(lengths[rows].astype("<i4").tobytes())
+        put(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], self._num_sequences, self.num_documents + 1))
+        for lengths in self._sequence_chunks():
+            put(lengths.astype("<i4").data)
         start = 0
-        for rows in chunks:
-            ends = start + np.cumsum(lengths[rows], dtype=np.int64) * self.dtype.itemsize
-            put(np.concatenate([[start], ends[:-1]]).astype("<i8").tobytes())
-            start = int(ends[-1])
-        for at in range(0, len(lengths) + 1, _ROWS_PER_CHUNK):
-            put(np.arange(at, min(at + _ROWS_PER_CHUNK, len(lengths) + 1), dtype="<i8").tobytes())
+        for lengths in self._sequence_chunks():
+            ends = start + np.cumsum(lengths) * self.dtype.itemsize
+            put((ends - lengths * self.dtype.itemsize).astype("<i8", copy=False).data)
+            start = int(ends[-1]) if len(ends) else start
+        first = np.zeros(1, dtype=np.int64)
+        put(first.astype("<i8").data)
+        for lengths in self._document_chunks():
+            behind = first[-1] + np.cumsum(lengths > 0 if self._skips_empty else np.ones_like(lengths))
+            put(behind.astype("<i8", copy=False).data)
+            first = behind
         return digest.hexdigest()
 
 

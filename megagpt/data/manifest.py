@@ -3,12 +3,13 @@
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import get_args
 
 from megagpt.data.files import sha256_of_file, write_whole
 from megagpt.data.indexed import bin_path, idx_path
 from megagpt.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class InputFile:
 
     path: str
     bytes: int
+    modified_ns: int
+    """When it was last changed: nanoseconds since 1970."""
     sha256: str
 
 
@@ -33,15 +36,17 @@ class Manifest:
     """Token type on disk, as numpy names it."""
     text_key: str
     append_eod: bool
+    min_length: int
+    """Fewest characters of a document."""
     seed: int | None
     """Seed of the order of documents; None: as in the inputs."""
     on_bad_line: str
     num_documents: int
     num_tokens: int
-    skipped_empty: int
-    """Documents without text."""
+    skipped_short: int
+    """Documents of fewer characters than `min_length`."""
     skipped_bad: int
-    """Lines that were no documents."""
+    """Lines (rows, files) that were no documents."""
     bin_sha256: str
     idx_sha256: str
     inputs: tuple[InputFile, ...]
@@ -81,7 +86,15 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         content["inputs"] = tuple(InputFile(**entry) for entry in content["inputs"])
     except TypeError:
         raise DataError(f"{path} has damaged `inputs`; rebuild with tools/preprocess_data.py") from None
-    return Manifest(**content)
+    manifest = Manifest(**content)
+    records: list[Manifest | InputFile] = [manifest, *manifest.inputs]
+    for record in records:
+        for entry in fields(record):
+            # bool is an int to isinstance
+            value = getattr(record, entry.name)
+            if entry.name != "inputs" and type(value) not in (get_args(entry.type) or (entry.type,)):
+                raise DataError(f"{path}: {entry.name} is {value!r}; rebuild with tools/preprocess_data.py")
+    return manifest
 
 
 def verify_files(prefix: str | Path) -> Manifest:

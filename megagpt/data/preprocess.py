@@ -1,213 +1,324 @@
-"""JSONL text to a tokenised dataset: PREFIX.bin, PREFIX.idx and the manifest PREFIX.json.
+"""Text to tokenised datasets: PREFIX.bin, PREFIX.idx and the manifest PREFIX.json.
 
-The main process cuts the inputs into tasks and writes; workers read, parse and encode. Tasks do not depend on the
-number of workers and their results are written in order, so neither do the bytes.
+The inputs are cut into units. Each unit becomes files of its own in PREFIX.work, made by any process of any rank; when
+all are there, one rank copies them one after the other. So bytes depend neither on processes nor on ranks, a killed job
+goes on with the units that are missing, and what stands under the final names is always whole.
 """
 
-import multiprocessing
-from collections import deque
-from collections.abc import Iterable, Iterator
+import json
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
+from typing import Any, Literal
 
 import megagpt
 from megagpt.data import manifest as manifests
-from megagpt.data.indexed import IndexedWriter, dtype_for_vocabulary
-from megagpt.data.jsonl import BadLineError, LineTable, Span, bad_line, parse_text, read_lines, scan_spans
-from megagpt.data.manifest import InputFile, Manifest
-from megagpt.data.order import keyed_permutation_array
+from megagpt.data.documents import read_documents
+from megagpt.data.encode import Encoding, OnBadLine
+from megagpt.data.files import remove_temporary, sha256_of_file
+from megagpt.data.indexed import IndexedWriter, bin_path, dtype_for_vocabulary, idx_path
+from megagpt.data.inputs import Format, Input, find_inputs
+from megagpt.data.job_rank import ALONE, JobRank
+from megagpt.data.jsonl import BadLineError
+from megagpt.data.manifest import InputFile, Manifest, read_manifest
+from megagpt.data.merge import merge_units
 from megagpt.data.progress import ByteProgress
-from megagpt.data.tokenizer import Tokenizer
+from megagpt.data.work import Plan, WorkFolder, plan_units
+from megagpt.data.workers import Todo, WorkerKilledError, run_here, run_in_processes
 from megagpt.errors import DataError
+from megagpt.tokenization.gigatoken_codec import fast_codec
+from megagpt.tokenization.tokenizer import Tokenizer
 
-OnBadLine = Literal["error", "skip"]
-Task = tuple[Span, ...]
-
-_LINES_PER_TASK = 256
-# Results that may wait for their turn, per worker: bounds memory when one task is slow.
-_TASKS_AHEAD = 4
+Backend = Literal["auto", "reference", "gigatoken"]
+_PROBE_CHARACTERS = 1 << 17
+_PROBE_PLACES = 4
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    """Result of one task: tokens [sum of lengths] and lengths [documents], and what was left out."""
+class Job:
+    """What to make of what.
 
-    tokens: np.ndarray
-    lengths: np.ndarray
-    skipped_empty: int
-    skipped_bad: int
-    num_bytes: int
+    Attributes:
+        inputs: files, folders and globs.
+        prefix: path of the dataset without .bin; with several text keys PREFIX_KEY_document, as Megatron-LM names them.
+        tokenizer: file or folder.
+        text_keys: keys (or columns) of the texts; each becomes a dataset.
+        append_eod: end each document with the tokenizer's end-of-document token.
+        min_length: a document with fewer characters (in any of its texts) is left out; 0 keeps even empty ones, as
+            documents without sequences.
+        seed: shuffle the documents by this seed; None keeps the order of the inputs.
+        on_bad_line: what to do with a line (row, file) that is no document.
+        input_format: what the inputs hold, whatever their names say.
+        overwrite: replace a dataset of other options or inputs.
+    """
 
+    inputs: Sequence[str | Path]
+    prefix: str | Path
+    tokenizer: str | Path
+    text_keys: Sequence[str] = ("text",)
+    append_eod: bool = True
+    min_length: int = 1
+    seed: int | None = None
+    on_bad_line: OnBadLine = "error"
+    input_format: Format | None = None
+    overwrite: bool = False
 
-class _Encoder:
-    """What a worker needs to turn spans of lines into tokens."""
-
-    def __init__(self, tokenizer_path: str, text_key: str, append_eod: bool, on_bad_line: OnBadLine):
-        self.tokenizer = Tokenizer.load(tokenizer_path)
-        self.text_key = text_key
-        self.append_eod = append_eod
-        self.on_bad_line = on_bad_line
-        self.dtype = dtype_for_vocabulary(self.tokenizer.vocab_size)
-
-    def encode(self, task: Task) -> _Encoded:
-        texts: list[str] = []
-        skipped_empty = skipped_bad = 0
-        for span in task:
-            for number, _, line in read_lines(span):
-                try:
-                    text = parse_text(line, self.text_key)
-                except BadLineError as error:
-                    if self.on_bad_line == "error":
-                        raise bad_line(span.path, number, error) from None
-                    skipped_bad += 1
-                    continue
-                if text:
-                    texts.append(text)
-                else:
-                    skipped_empty += 1
-        documents = self.tokenizer.encode_batch(texts)
-        if self.append_eod:
-            for document in documents:
-                document.append(self.tokenizer.eod_id)
-        lengths = np.fromiter(map(len, documents), dtype=np.int32, count=len(documents))
-        tokens = np.empty(int(lengths.sum(dtype=np.int64)), dtype=self.dtype)
-        start = 0
-        for document in documents:
-            tokens[start : start + len(document)] = document
-            start += len(document)
-        return _Encoded(tokens, lengths, skipped_empty, skipped_bad, sum(span.num_bytes for span in task))
+    def prefixes(self) -> list[str]:
+        """The dataset of each text key."""
+        if len(self.text_keys) == 1:
+            return [str(self.prefix)]
+        return [f"{self.prefix}_{key}_document" for key in self.text_keys]
 
 
-_encoder: _Encoder | None = None
+def preprocess(inputs: Iterable[str | Path], prefix: str | Path, tokenizer: str | Path, **options: Any) -> Manifest:
+    """Tokenise one text of each document with one rank; see `Job` and `run_job` for options and errors."""
+    workers = options.pop("workers", 1)
+    backend = options.pop("backend", "auto")
+    return run_job(Job([*inputs], prefix, tokenizer, **options), workers=workers, backend=backend)[0]
 
 
-def _start_worker(make_encoder: partial[_Encoder]) -> None:
-    global _encoder
-    _encoder = make_encoder()
-
-
-def _encode_in_worker(task: Task) -> _Encoded:
-    assert _encoder is not None, "the pool's initializer has run"
-    return _encoder.encode(task)
-
-
-def _encode_all(make_encoder: partial[_Encoder], tasks: Iterable[Task], workers: int) -> Iterator[_Encoded]:
-    """Encode tasks by `workers` processes (1: in this one); results come in the order of the tasks."""
-    if workers == 1:
-        yield from map(make_encoder().encode, tasks)
-        return
-    # Spawned, not forked: a fork while the progress bar's thread holds a lock would hang.
-    with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (make_encoder,)) as pool:
-        waiting: deque = deque()
-        for task in tasks:
-            waiting.append(pool.apply_async(_encode_in_worker, (task,)))
-            if len(waiting) >= workers * _TASKS_AHEAD:
-                yield waiting.popleft().get()
-        while waiting:
-            yield waiting.popleft().get()
-
-
-def _plan_tasks(inputs: list[str], seed: int | None) -> tuple[list[InputFile], Iterable[Task]]:
-    """Hash the inputs and cut them into tasks, in file order or (with a seed) in random order of documents."""
-    scans = [scan_spans(path) for path in inputs]
-    spans = [span for file_spans, _ in scans for span in file_spans]
-    files = [file for _, file in scans]
-    if seed is None:
-        return files, ((span,) for span in spans)
-    lines = LineTable()
-    for span in spans:
-        lines.add(span)
-    return files, _shuffled_tasks(lines, seed)
-
-
-def _shuffled_tasks(lines: LineTable, seed: int) -> Iterator[Task]:
-    for start in range(0, len(lines), _LINES_PER_TASK):
-        # Not numpy's generators: their streams may change between versions.
-        rows = np.arange(start, min(start + _LINES_PER_TASK, len(lines)))
-        yield tuple(lines.span(int(row)) for row in keyed_permutation_array(rows, len(lines), seed))
-
-
-def preprocess(
-    inputs: Iterable[str | Path],
-    prefix: str | Path,
-    tokenizer_path: str | Path,
-    *,
-    text_key: str = "text",
-    append_eod: bool = True,
-    seed: int | None = None,
-    workers: int = 1,
-    on_bad_line: OnBadLine = "error",
-) -> Manifest:
-    """Tokenise JSONL files into PREFIX.bin, PREFIX.idx and PREFIX.json; a dataset of that name is replaced.
-
-    The same inputs and options give the same bytes, whatever `workers`.
+def run_job(
+    job: Job, *, ranks: JobRank = ALONE, workers: int = 1, threads: int = 1, backend: Backend = "auto"
+) -> list[Manifest]:
+    """Do this rank's share; the last rank to finish merges. What users should know goes to stderr.
 
     Args:
-        inputs: JSONL files: one object a line, UTF-8; blank lines are ignored.
-        prefix: path of the output without .bin/.idx/.json.
-        tokenizer_path: sentencepiece .model.
-        text_key: key of the text in each object.
-        append_eod: end each document with the tokenizer's end-of-document token.
-        seed: order documents randomly by this seed (20-30 bytes of memory a document); None keeps their order.
-        workers: processes that encode.
-        on_bad_line: refuse a line that is no document, or skip and count it.
+        job: what to make.
+        ranks: which process of the job this is.
+        workers: processes of this rank.
+        threads: threads of the tokenizer's library in each of them.
+        backend: "gigatoken" (faster, for tokenizer.json), "reference" (the file's own library) or "auto": gigatoken
+            where it gives the same tokens on a probe of the inputs.
+
+    Returns:
+        A manifest for each text key; none if other ranks are still at work.
 
     Raises:
-        DataError: an input, the tokenizer or a line cannot be used, there is no document, or nothing can be written.
-            No output is left under its final name, except a dataset that was there before.
+        DataError: an input, the tokenizer or a line cannot be used, there is no document, the dataset exists with other
+            options, another job is at work on it, or nothing can be written.
     """
-    paths = [str(path) for path in inputs]
-    if not paths:
-        raise DataError("no input file was given; give one JSONL file or more")
-    if workers < 1:
-        raise DataError(f"workers={workers} must be 1 or more")
-    tokenizer = Tokenizer.load(tokenizer_path)
-    files, tasks = _plan_tasks(paths, seed)
-    make_encoder = partial(_Encoder, str(tokenizer_path), text_key, append_eod, on_bad_line)
-    skipped_empty = skipped_bad = 0
+    if min(workers, threads) < 1:
+        raise DataError(f"workers={workers} and threads={threads} must be 1 or more")
+    if not job.text_keys or len(set(job.text_keys)) < len(job.text_keys):
+        raise DataError(f"text keys {', '.join(job.text_keys) or 'are missing'}; give each key once")
+    tokenizer = Tokenizer.load(job.tokenizer)
+    inputs = find_inputs(job.inputs, job.input_format)
+    if (existing := _existing(job, tokenizer, inputs)) is not None:
+        return existing
+    work = WorkFolder(job.prefix)
     try:
-        with (
-            IndexedWriter(prefix, tokenizer.vocab_size) as writer,
-            ByteProgress("tokenising", sum(file.bytes for file in files)) as progress,
-        ):
-            for encoded in _encode_all(make_encoder, tasks, workers):
-                writer.add_many(encoded.tokens, encoded.lengths)
-                skipped_empty += encoded.skipped_empty
-                skipped_bad += encoded.skipped_bad
-                progress.advance(encoded.num_bytes)
-            if writer.num_documents == 0:
-                raise DataError(
-                    f"{', '.join(paths)}: no document with text ({skipped_empty} empty, {skipped_bad} bad lines);"
-                    f" give JSONL files with text under {text_key!r}"
-                )
-            # The old manifest must not describe new files, not even for a moment.
-            manifests.manifest_path(prefix).unlink(missing_ok=True)
+        with work.taken_by(ranks.rank, _plan(job, tokenizer, inputs, ranks)) as (plan, notice):
+            _tell(notice)
+            try:
+                _do_share(job, work, plan, ranks.rank, tokenizer, workers, threads, backend)
+                return _merge(job, work, plan, tokenizer)
+            except WorkerKilledError:
+                raise
+            except DataError:
+                # With an input that must be mended, what was done so far is of no use.
+                if ranks.world_size == 1:
+                    work.remove()
+                raise
     except OSError as error:
         raise DataError(
-            f"{prefix}.bin/.idx cannot be written ({error.strerror}); free space or choose another"
+            f"{job.prefix}.bin/.idx cannot be written ({error.strerror or error}); free space or choose another"
+            " --output-prefix, and start again to go on"
         ) from error
-    manifest = Manifest(
+
+
+def _tell(notice: str) -> None:
+    if notice:
+        print(notice, file=sys.stderr, flush=True)
+
+
+def _identity(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Whatever has an influence on the bytes, beside the inputs."""
+    return {
+        "tokenizer_sha256": tokenizer.sha256,
+        "text_keys": list(job.text_keys),
+        "append_eod": job.append_eod,
+        "min_length": job.min_length,
+        "seed": job.seed,
+        "on_bad_line": job.on_bad_line,
+    }
+
+
+def _plan(job: Job, tokenizer: Tokenizer, inputs: list[Input], ranks: JobRank) -> Plan:
+    return Plan(_identity(job, tokenizer), inputs, plan_units(inputs), ranks.world_size)
+
+
+def _existing(job: Job, tokenizer: Tokenizer, inputs: list[Input]) -> list[Manifest] | None:
+    """The manifests of a complete dataset of the same things; None if there is none, or it is to be replaced.
+
+    Raises:
+        DataError: there is a dataset of other things.
+    """
+    found: list[Manifest] = []
+    for key, prefix in zip(job.text_keys, job.prefixes(), strict=True):
+        files = [path for path in (bin_path(prefix), idx_path(prefix)) if path.exists()]
+        if not manifests.manifest_path(prefix).exists() or len(files) < 2:
+            # What a killed merge has left has a work folder beside it.
+            if files and not job.overwrite and not WorkFolder(job.prefix).path.exists():
+                raise DataError(
+                    f"{files[0]} exists, of unknown origin; pass --overwrite to replace it, or choose another"
+                    " --output-prefix"
+                )
+            return None
+        manifest = read_manifest(prefix)
+        assert manifest is not None, "it exists"
+        wanted = _identity(job, tokenizer) | {"text_key": key}
+        del wanted["text_keys"]
+        changed = [
+            f"{k}: {getattr(manifest, k)} before, {v} now" for k, v in wanted.items() if getattr(manifest, k) != v
+        ]
+        if not changed and not _same_inputs(manifest.inputs, inputs):
+            changed = ["the inputs have changed"]
+        if changed:
+            if job.overwrite:
+                return None
+            raise DataError(
+                f"{prefix} exists and was made differently ({', '.join(changed)}); pass --overwrite to replace it, or"
+                " choose another --output-prefix"
+            )
+        size = bin_path(prefix).stat().st_size
+        if size != manifest.num_tokens * dtype_for_vocabulary(manifest.vocab_size).itemsize:
+            return None
+        found.append(manifest)
+    _tell(f"{job.prefix} is complete already, of the same inputs and options: nothing to do")
+    return found
+
+
+def _same_inputs(known: Sequence[InputFile], inputs: Sequence[Input]) -> bool:
+    if [file.path for file in known] != [source.path for source in inputs]:
+        return False
+    for file, source in zip(known, inputs, strict=True):
+        if file.bytes != source.bytes:
+            return False
+        # Touched or copied: the content decides.
+        if file.modified_ns != source.modified_ns and file.sha256 != sha256_of_file(Path(source.path)):
+            return False
+    return True
+
+
+def _do_share(
+    job: Job,
+    work: WorkFolder,
+    plan: Plan,
+    rank: int,
+    tokenizer: Tokenizer,
+    workers: int,
+    threads: int,
+    backend: Backend,
+) -> None:
+    """Do the units of a rank."""
+    todo = Todo(work, plan, rank)
+    fast = False
+    if todo.units and backend != "reference":
+        codec, reason = fast_codec(tokenizer, _probe(job, plan))
+        fast = codec is not None
+        if not fast and backend == "gigatoken":
+            raise DataError(f"--backend gigatoken: {reason}; use --backend auto")
+        if not fast and tokenizer.kind == "huggingface":
+            _tell(f"the tokenizers library encodes, which is slower: {reason}")
+    encoding = Encoding(
+        tokenizer=str(job.tokenizer),
+        text_keys=tuple(job.text_keys),
+        append_eod=job.append_eod,
+        min_length=job.min_length,
+        on_bad_line=job.on_bad_line,
+        threads=threads,
+        fast=fast,
+    )
+    with ByteProgress("tokenising", todo.total_bytes) as progress:
+        progress.skip(todo.total_bytes - todo.left_bytes)
+        if workers == 1 or len(todo.units) + len(todo.hashes) < 2:
+            run_here(work, plan, encoding, todo, progress)
+        else:
+            run_in_processes(work, plan, encoding, todo, progress, workers)
+
+
+def _probe(job: Job, plan: Plan) -> list[str]:
+    """Texts from some places of the inputs."""
+    places = sorted(
+        {i * (len(plan.units) - 1) // (_PROBE_PLACES - 1) for i in range(_PROBE_PLACES)} if plan.units else ()
+    )
+    texts: list[str] = []
+    for place in places:
+        part = plan.units[place][0]
+        characters = 0
+        documents = read_documents(plan.inputs[part.file], part.start, part.stop, job.text_keys)
+        for document in islice(documents, 1000):
+            for text in document.texts if document.fault is None else ():
+                try:
+                    whole = text if isinstance(text, str) else next(iter(text()), "")
+                except BadLineError:
+                    continue
+                texts.append(whole[: _PROBE_CHARACTERS // len(places)])
+                characters += len(texts[-1])
+            if characters >= _PROBE_CHARACTERS // len(places):
+                break
+    return texts
+
+
+def _merge(job: Job, work: WorkFolder, plan: Plan, tokenizer: Tokenizer) -> list[Manifest]:
+    """Merge if all units are done and no other rank does; returns the manifests, none if there is more to come."""
+    if not work.is_complete(plan):
+        return []
+    with work.merging() as mine:
+        if not mine:
+            return []
+        files = tuple(
+            InputFile(source.path, source.bytes, source.modified_ns, json.loads(work.hash_file(index).read_bytes()))
+            for index, source in enumerate(plan.inputs)
+        )
+        done = [work.done(number) for number in range(len(plan.units))]
+        short, bad = (sum(unit[what] for unit in done) for what in ("skipped_short", "skipped_bad"))
+        if not any(sum(unit["tokens"]) for unit in done):
+            raise DataError(
+                f"{', '.join(map(str, job.inputs))}: no document with text ({short} too short, {bad} bad lines); give"
+                f" files with text under {', '.join(map(repr, job.text_keys))}"
+            )
+        made = []
+        for key, prefix in enumerate(job.prefixes()):
+            remove_temporary(bin_path(prefix), idx_path(prefix))  # of a merge that was killed
+            with IndexedWriter(prefix, tokenizer.vocab_size, empty_documents_have_a_sequence=False) as writer:
+                merge_units(work, len(plan.units), key, writer, job.seed)
+                # The old manifest must not describe new files, not even for a moment.
+                manifests.manifest_path(prefix).unlink(missing_ok=True)
+            made.append(_manifest(job, job.text_keys[key], tokenizer, writer, short, bad, files))
+            manifests.write_manifest(prefix, made[-1])
+        work.remove()
+    return made
+
+
+def _manifest(
+    job: Job,
+    text_key: str,
+    tokenizer: Tokenizer,
+    writer: IndexedWriter,
+    short: int,
+    bad: int,
+    files: tuple[InputFile, ...],
+) -> Manifest:
+    return Manifest(
         format=manifests.FORMAT,
         megagpt_version=megagpt.__version__,
-        tokenizer_file=Path(tokenizer_path).name,
+        tokenizer_file=tokenizer.path.name,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         dtype=writer.dtype.name,
         text_key=text_key,
-        append_eod=append_eod,
-        seed=seed,
-        on_bad_line=on_bad_line,
+        append_eod=job.append_eod,
+        min_length=job.min_length,
+        seed=job.seed,
+        on_bad_line=job.on_bad_line,
         num_documents=writer.num_documents,
         num_tokens=writer.num_tokens,
-        skipped_empty=skipped_empty,
-        skipped_bad=skipped_bad,
+        skipped_short=short,
+        skipped_bad=bad,
         bin_sha256=writer.bin_sha256,
         idx_sha256=writer.idx_sha256,
-        inputs=tuple(files),
+        inputs=files,
     )
-    manifests.write_manifest(prefix, manifest)
-    return manifest

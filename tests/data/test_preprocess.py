@@ -58,9 +58,7 @@ def test_manifest(inputs, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("seed", [None, 7])
 def test_bytes_do_not_depend_on_workers(inputs, tokenizer, tmp_path, monkeypatch, seed):
-    # Small spans, so that there are many more tasks than may wait.
-    monkeypatch.setattr("megagpt.data.jsonl._CHUNK_BYTES", 1000)
-    monkeypatch.setattr("megagpt.data.preprocess._LINES_PER_TASK", 10)
+    monkeypatch.setattr("megagpt.data.work._SMALLEST_UNIT_BYTES", 1000)
     for workers in (1, 2):
         preprocess(inputs, tmp_path / f"d{workers}", tokenizer.path, workers=workers, seed=seed)
     for path in (bin_path, idx_path, manifest_path):
@@ -68,7 +66,7 @@ def test_bytes_do_not_depend_on_workers(inputs, tokenizer, tmp_path, monkeypatch
 
 
 def test_tasks_do_not_change_the_documents(inputs, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("megagpt.data.jsonl._CHUNK_BYTES", 7)
+    monkeypatch.setattr("megagpt.data.work._SMALLEST_UNIT_BYTES", 101)
     preprocess(inputs, tmp_path / "d", tokenizer.path)
     assert documents(tmp_path / "d", tokenizer) == TEXTS
 
@@ -117,7 +115,7 @@ def test_bad_line_is_named(tmp_path, tokenizer, line, message, seed):
 
 
 def test_line_numbers_in_later_spans(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("megagpt.data.jsonl._CHUNK_BYTES", 50)
+    monkeypatch.setattr("megagpt.data.work._SMALLEST_UNIT_BYTES", 50)
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"text": "good"}\n' * 40 + b"bad\n")
     with pytest.raises(DataError, match=r"in\.jsonl:41: not JSON"):
@@ -143,7 +141,7 @@ def test_empty_documents_are_counted(tmp_path, tokenizer):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"text": "one"}\r\n{"text": ""}\r\n\r\n{"text": "two"}\r\n')
     manifest = preprocess([path], tmp_path / "d", tokenizer.path)
-    assert (manifest.skipped_empty, manifest.skipped_bad) == (1, 0)
+    assert (manifest.skipped_short, manifest.skipped_bad) == (1, 0)
     assert documents(tmp_path / "d", tokenizer) == ["one", "two"]
 
 
@@ -160,7 +158,7 @@ def test_empty_corpus(tmp_path, tokenizer, content, seed):
 def test_other_key(tmp_path, tokenizer):
     path = tmp_path / "in.jsonl"
     path.write_text('{"body": "hello"}\n')
-    preprocess([path], tmp_path / "d", tokenizer.path, text_key="body")
+    preprocess([path], tmp_path / "d", tokenizer.path, text_keys=["body"])
     assert documents(tmp_path / "d", tokenizer) == ["hello"]
 
 

@@ -1,0 +1,252 @@
+"""What a worker does: one unit of the inputs to tokens and lengths in files of their own.
+
+A unit's files are `NUMBER.KEY.tokens`, `NUMBER.KEY.lengths` (int32 for each document) and, written last, `NUMBER.json`,
+which says that the others are complete.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from megagpt.data.documents import Document, Fragments, Part, read_documents
+from megagpt.data.files import write_whole
+from megagpt.data.indexed import dtype_for_vocabulary
+from megagpt.data.inputs import Input
+from megagpt.data.jsonl import BadLineError
+from megagpt.data.long_texts import LONG_CHARACTERS, cut_into_pieces
+from megagpt.errors import DataError
+from megagpt.tokenization.codec import Codec
+from megagpt.tokenization.gigatoken_codec import fast_codec
+from megagpt.tokenization.tokenizer import Tokenizer
+
+OnBadLine = Literal["error", "skip"]
+_BATCH_CHARACTERS = 1 << 19
+_BATCH_DOCUMENTS = 4096
+_LONGEST_DOCUMENT = (1 << 31) - 1  # lengths are int32 in the format
+Report = Callable[[int, int], None]
+"""Is told how many bytes of input are done and how many tokens they gave."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How documents become tokens."""
+
+    tokenizer: str
+    text_keys: tuple[str, ...]
+    append_eod: bool
+    min_length: int
+    on_bad_line: OnBadLine
+    threads: int
+    fast: bool
+    """Whether gigatoken encodes."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a unit came to."""
+
+    documents: int
+    tokens: tuple[int, ...]
+    """For each key."""
+    skipped_short: int
+    skipped_bad: int
+
+
+class _Output:
+    """Tokens and lengths of one key of a unit."""
+
+    def __init__(self, stem: Path, key: int, dtype: np.dtype):
+        self._tokens: BinaryIO = open(f"{stem}.{key}.tokens", "wb", 1 << 20)  # noqa: SIM115
+        self._lengths: BinaryIO = open(f"{stem}.{key}.lengths", "wb")  # noqa: SIM115
+        self.dtype = dtype
+        self.num_tokens = 0
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        self._tokens.write(tokens.data)
+        self._lengths.write(lengths.data)
+        self.num_tokens += len(tokens)
+
+    def forget_tokens(self, down_to: int) -> None:
+        """Take back tokens that have no length yet."""
+        self._tokens.seek(down_to * self.dtype.itemsize)
+        self._tokens.truncate()
+        self.num_tokens = down_to
+
+    def close(self, whole: bool) -> None:
+        for file in (self._tokens, self._lengths):
+            if whole:
+                file.flush()
+                os.fsync(file.fileno())
+            file.close()
+
+
+class Encoder:
+    """Turns documents into tokens; one per process."""
+
+    def __init__(self, encoding: Encoding):
+        """Load the tokenizer.
+
+        Raises:
+            DataError: it cannot be loaded.
+        """
+        self.encoding = encoding
+        self.tokenizer = Tokenizer.load(encoding.tokenizer)
+        self._codec: Codec = self.tokenizer.codec
+        if encoding.fast:
+            fast, reason = fast_codec(self.tokenizer, ())
+            if fast is None:
+                raise DataError(f"{reason}; start again with --backend reference")
+            self._codec = fast
+        special = self.tokenizer.codec.special
+        self._before = np.array(special.prefix, dtype=np.int64)
+        self._behind = np.array(special.suffix, dtype=np.int64)
+        self._eod = np.array([special.eod] if encoding.append_eod else [], dtype=np.int64)
+        self.dtype = dtype_for_vocabulary(self.tokenizer.vocab_size)
+
+    def encode_unit(
+        self, number: int, parts: Iterable[Part], inputs: Sequence[Input], folder: Path, report: Report
+    ) -> Done:
+        """Write the files of one unit into `folder`.
+
+        Raises:
+            DataError: an input is unreadable or, unless skipped, a line is no document.
+            OSError: the disk is full or gone.
+        """
+        stem = folder / f"{number:08d}"
+        outputs = [_Output(stem, key, self.dtype) for key in range(len(self.encoding.text_keys))]
+        whole = False
+        try:
+            unit = _Unit(self, outputs, report)
+            for part in parts:
+                source = inputs[part.file]
+                for document in read_documents(source, part.start, part.stop, self.encoding.text_keys, str(folder)):
+                    unit.add(document)
+            done = unit.finish()
+            whole = True
+        finally:
+            for output in outputs:
+                output.close(whole)
+        write_whole(Path(f"{stem}.json"), json.dumps(asdict(done)).encode())
+        return done
+
+    def encode(self, texts: list[str]) -> list[Any]:
+        """Ids of each text, without anything around them."""
+        return self._codec.encode_batch(texts, self.encoding.threads)
+
+    def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of all texts one after the other, and the length of each, int32 [texts]."""
+        found = self.encode(texts)
+        bare = np.fromiter(map(len, found), dtype=np.int64, count=len(found))
+        around = len(self._before) + len(self._behind)
+        lengths = bare + around
+        lengths += (lengths > 0) * len(self._eod)
+        tokens = np.empty(int(lengths.sum()), dtype=self.dtype)
+        before, behind = self._before, np.concatenate([self._behind, self._eod])
+        at = 0
+        for ids, length in zip(found, lengths.tolist(), strict=True):
+            if not length:
+                continue
+            start, stop = at + len(before), at + length - len(behind)
+            tokens[at:start] = before
+            tokens[start:stop] = ids
+            tokens[stop : at + length] = behind
+            at += length
+        return tokens, lengths.astype(np.int32)
+
+    def encode_long(self, fragments: Iterable[str], put: Callable[[np.ndarray], None]) -> int:
+        """Pass the tokens of one long document to `put`, some at a time; returns how many there are."""
+        put(self._before.astype(self.dtype))
+        length = len(self._before)
+        for piece in cut_into_pieces(fragments, self.encode):
+            (ids,) = self.encode([piece])
+            put(np.asarray(ids, dtype=self.dtype))
+            length += len(ids)
+        end = np.concatenate([self._behind, self._eod if length + len(self._behind) else self._eod[:0]])
+        put(end.astype(self.dtype))
+        return length + len(end)
+
+
+class _Unit:
+    """Collects short documents into batches; counts."""
+
+    def __init__(self, encoder: Encoder, outputs: list[_Output], report: Report):
+        self._encoder, self._outputs, self._report = encoder, outputs, report
+        self._encoding = encoder.encoding
+        self._texts: list[tuple[str, ...]] = []
+        self._characters = self._bytes = 0
+        self._reported_tokens = 0
+        self._documents = self._short = self._bad = 0
+
+    def add(self, document: Document) -> None:
+        """Take a document on."""
+        self._bytes += document.num_bytes
+        if document.fault is not None:
+            self._refuse(document, document.fault)
+            return
+        texts = document.texts
+        short = [text for text in texts if isinstance(text, str)]
+        if any(len(text) < self._encoding.min_length for text in short):
+            self._short += 1
+        elif len(short) < len(texts) or any(len(text) > LONG_CHARACTERS for text in short):
+            self._flush()
+            self._add_long(document)
+        else:
+            self._documents += 1
+            self._texts.append(tuple(short))
+            self._characters += sum(map(len, short))
+            if self._characters >= _BATCH_CHARACTERS or len(self._texts) >= _BATCH_DOCUMENTS:
+                self._flush()
+
+    def finish(self) -> Done:
+        """Encode what is left."""
+        self._flush()
+        tokens = tuple(output.num_tokens for output in self._outputs)
+        return Done(self._documents, tokens, self._short, self._bad)
+
+    def _flush(self) -> None:
+        if self._texts:
+            for output, texts in zip(self._outputs, zip(*self._texts, strict=True), strict=True):
+                output.add(*self._encoder.encode_documents(list(texts)))
+        tokens = sum(output.num_tokens for output in self._outputs)
+        self._report(self._bytes, tokens - self._reported_tokens)
+        self._reported_tokens = tokens
+        self._texts, self._characters, self._bytes = [], 0, 0
+
+    def _add_long(self, document: Document) -> None:
+        starts = [output.num_tokens for output in self._outputs]
+        none = np.empty(0, dtype=np.int32)
+        lengths: list[int] = []
+        try:
+            for output, text in zip(self._outputs, document.texts, strict=True):
+                put = _putter(output, none)
+                lengths.append(self._encoder.encode_long(_in_fragments(text), put))
+                if lengths[-1] > _LONGEST_DOCUMENT:
+                    raise BadLineError(f"a document of {lengths[-1]} tokens, more than the format can hold")
+        except BadLineError as fault:
+            for output, start in zip(self._outputs, starts, strict=True):
+                output.forget_tokens(start)
+            self._refuse(document, fault)
+            return
+        self._documents += 1
+        for output, length in zip(self._outputs, lengths, strict=True):
+            output.add(np.empty(0, dtype=output.dtype), np.array([length], dtype=np.int32))
+
+    def _refuse(self, document: Document, fault: BadLineError) -> None:
+        if self._encoding.on_bad_line == "error":
+            raise document.error(fault)
+        self._bad += 1
+
+
+def _putter(output: _Output, no_lengths: np.ndarray) -> Callable[[np.ndarray], None]:
+    return lambda tokens: output.add(tokens, no_lengths)
+
+
+def _in_fragments(text: str | Fragments) -> Iterable[str]:
+    if not isinstance(text, str):
+        return text()
+    return (text[at : at + LONG_CHARACTERS] for at in range(0, len(text), LONG_CHARACTERS))

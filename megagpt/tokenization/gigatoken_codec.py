@@ -1,0 +1,111 @@
+"""gigatoken, a much faster implementation of byte-level BPE, where it gives the ids of the `tokenizers` library.
+
+It is another program, so nothing is taken on trust: it is used only if it agrees on a probe of the actual corpus, one
+document of many is encoded twice while it is used, and texts in which an added token is spelt out (where the two are
+known to differ) go to the reference. Its cache of words grows without bound; it is made anew when it has grown.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megagpt.errors import DataError
+from megagpt.tokenization.codec import Codec
+from megagpt.tokenization.huggingface_json import HuggingFaceCodec
+from megagpt.tokenization.tokenizer import Tokenizer
+
+_CHECK_EVERY = 1024
+_LARGEST_GROWTH_BYTES = 96 << 20
+_FEWEST_BYTES_BETWEEN_RENEWALS = 16 << 20
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+class GigatokenCodec:
+    """A tokenizer.json by gigatoken, guarded by the reference."""
+
+    def __init__(self, content: bytes, reference: HuggingFaceCodec):
+        """Build it.
+
+        Raises:
+            Exception: whatever gigatoken raises for a tokenizer.json that it does not support.
+        """
+        self._content = content
+        self._reference = reference
+        self.vocab_size, self.special = reference.vocab_size, reference.special
+        # The first two characters of added tokens: one search for each of the few rules nearly all texts out.
+        self._starts = sorted({text[:2] for text in reference.added_texts})
+        self._since_check = 0
+        self._renew()
+
+    def encode_batch(self, texts: list[str], threads: int) -> list[Any]:
+        """See `Codec`; ids are uint32 arrays.
+
+        Raises:
+            DataError: a document that was encoded twice came out differently.
+        """
+        if self._seen > _FEWEST_BYTES_BETWEEN_RENEWALS and _resident_bytes() > self._limit:
+            self._renew()
+        found: list[Any] = []
+        for text in texts:
+            self._seen += len(text)
+            self._since_check += 1
+            if self._spells_added_token(text):
+                found += self._reference.encode_batch([text], threads)
+                continue
+            ids = self._encode(text)
+            if self._since_check >= _CHECK_EVERY:
+                self._since_check = 0
+                if ids.tolist() != self._reference.encode_batch([text], threads)[0]:
+                    raise DataError(
+                        f"gigatoken gives other tokens than the tokenizers library for the text {text[:60]!r}...;"
+                        " start again with --backend reference"
+                    )
+            found.append(ids)
+        return found
+
+    def decode(self, ids: list[int]) -> str:
+        """See `Codec`."""
+        return self._reference.decode(ids)
+
+    def _spells_added_token(self, text: str) -> bool:
+        return any(start in text for start in self._starts) and any(
+            token in text for token in self._reference.added_texts
+        )
+
+    def _renew(self) -> None:
+        import gigatoken
+
+        self._encode: Any = None  # the old one goes before the new one comes
+        self._encode = gigatoken.Tokenizer.from_json(self._content).backend.encode
+        self._seen = 0
+        self._limit = _resident_bytes() + _LARGEST_GROWTH_BYTES
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * _PAGE_BYTES
+
+
+def fast_codec(tokenizer: Tokenizer, probe: Sequence[str]) -> tuple[Codec | None, str]:
+    """A faster codec with the same ids, or None and the reason.
+
+    Args:
+        tokenizer: the reference.
+        probe: texts of the corpus on which both must agree.
+    """
+    if not isinstance(tokenizer.codec, HuggingFaceCodec):
+        return None, f"there is no faster library for {tokenizer.kind} files"
+    if not os.path.exists("/proc/self/statm"):
+        return None, "its memory cannot be watched on this system"
+    try:
+        codec = GigatokenCodec(Path(tokenizer.path).read_bytes(), tokenizer.codec)
+        found = [list(ids) for ids in codec.encode_batch(list(probe), 1)]
+    except ModuleNotFoundError:
+        return None, "gigatoken is not installed (pip install 'megagpt[data]')"
+    except Exception as error:  # the library raises its own
+        return None, f"gigatoken does not support this tokenizer ({error})"
+    for text, ids, expected in zip(probe, found, tokenizer.codec.encode_batch(list(probe), 1), strict=True):
+        if ids != expected:
+            return None, f"gigatoken gives other tokens for the text {text[:40]!r}..."
+    return codec, ""
