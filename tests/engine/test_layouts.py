@@ -142,6 +142,7 @@ LAYOUTS = [
     ("5-layers", ADAM, {"pp": 4, "partition": [1, 2, 2, 0]}),
     ("5-layers-tied", SGD, {"tp": 2, "pp": 2, "partition": [5, 0]}),
     ("neox", SGD, {"cp": 2}),
+    ("qwen3", SGD, {"cp": 2, "tp": 2, "sp": True}),
 ]
 
 
