@@ -151,7 +151,10 @@ def _telling_who_failed(ranks: "Ranks") -> Iterator[None]:
 
 def headline(plan: Plan, launch: Launch) -> str:
     """The run in two lines."""
-    layout = f"TP {plan.tensor_parallel_size} x PP {plan.pipeline_parallel_size} x DP {plan.data_parallel_size}"
+    context = f"CP {plan.context_parallel_size} x " if plan.context_parallel_size > 1 else ""
+    layout = (
+        f"TP {plan.tensor_parallel_size} x {context}PP {plan.pipeline_parallel_size} x DP {plan.data_parallel_size}"
+    )
     batch = f"{plan.global_batch_size} x {plan.seq_length} = {plan.tokens_per_step:,} tokens"
     return (
         f"{plan.num_parameters:,} parameters, {plan.precision}, {layout}, ZeRO {plan.zero_stage}, started by "

@@ -59,6 +59,7 @@ def tiny_plan(
     optimizer: dict = ADAM,
     *,
     tp: int = 1,
+    cp: int = 1,
     pp: int = 1,
     dp: int = 1,
     zero: int = 1,
@@ -81,6 +82,7 @@ def tiny_plan(
         },
         "parallel": {
             "tensor_model_parallel_size": tp,
+            "context_parallel_size": cp,
             "pipeline_model_parallel_size": pp,
             "sequence_parallel": sp,
             "make_vocab_size_divisible_by": 16,
@@ -100,7 +102,7 @@ def tiny_plan(
         config |= {precision: {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     for name, section in (deepspeed or {}).items():
         config[name] = {**config.get(name, {}), **section} if isinstance(section, dict) else section
-    return make_plan(run_config_from_dict(tree), deepspeed_config_from_dict(config), tp * pp * dp)
+    return make_plan(run_config_from_dict(tree), deepspeed_config_from_dict(config), tp * cp * pp * dp)
 
 
 def micro_batch(step: int, first: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -169,7 +169,7 @@ class Checkpoints:
     def _write_probe(self, temporary: Path, files: dict[str, File], final: Path) -> None:
         tokens_BS = probe_tokens(self.plan)
         logits_BSV = self.engine.logits(tokens_BS, rows=1, positions=min(PROBE_POSITIONS, tokens_BS.shape[1]))
-        writer = self.ranks.is_last_stage and self.ranks.tensor_rank == 0 and self.ranks.data_rank == 0
+        writer = self.ranks.is_last_stage and self.ranks.tensor_rank == 0 and self.ranks.gradient_rank == 0
 
         def write() -> None:
             assert logits_BSV is not None
@@ -324,8 +324,10 @@ class Checkpoints:
                         fragment.moment(key).copy_(read(name, key).flatten()[part])
         if manifest.loss_scale is not None:
             self.engine.set_loss_scale_state(manifest.loss_scale.model_dump())
-        layout = (manifest.world_size, manifest.tensor_parallel_size, manifest.pipeline_parallel_size)
-        if layout == (plan.world_size, plan.tensor_parallel_size, plan.pipeline_parallel_size):
+        context = reader.run.parallel.context_parallel_size
+        layout = (manifest.world_size, manifest.tensor_parallel_size, context, manifest.pipeline_parallel_size)
+        sizes = plan.tensor_parallel_size, plan.context_parallel_size, plan.pipeline_parallel_size
+        if layout == (plan.world_size, *sizes):
             set_rng_state(reader.rng(ranks.rank))
 
 

@@ -73,14 +73,18 @@ class Engine:
         """Take one global batch from `batches` and update the weights.
 
         Args:
-            batches: this data-parallel rank's micro-batches, in order.
+            batches: this data-parallel rank's micro-batches, in order; whole samples, of which a context-parallel rank
+                takes its positions.
             learning_rate: of this update.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         zero, is_fp16 = self._wrapped.optimizer, self.plan.precision == "fp16"
         loss_scale = float(zero.loss_scale) if is_fp16 else None
-        loss = self._wrapped.train_batch(batches) if self._is_pipeline else self._accumulate(batches)
+        if self._is_pipeline:
+            loss = self._wrapped.train_batch(map(self._positions, batches))
+        else:
+            loss = self._accumulate(batches)
         norm = self._wrapped.get_global_grad_norm()
         if self._loss_scaler is not None:
             self._loss_scaler.end_step()
@@ -111,7 +115,8 @@ class Engine:
         if self._is_pipeline:
             total = torch.zeros((), device=self.ranks.device)
             for _ in range(num_batches):
-                total += self._wrapped.eval_batch(batches, num_micro_batches=self.plan.num_microbatches).squeeze()
+                part = map(self._positions, batches)
+                total += self._wrapped.eval_batch(part, num_micro_batches=self.plan.num_microbatches).squeeze()
             return total / num_batches
         self._wrapped.eval()
         total = torch.zeros((), device=self.ranks.device)
@@ -132,22 +137,25 @@ class Engine:
             [rows, positions, vocabulary] in fp32 on the ranks of the last stage, None elsewhere. Collective.
         """
         if self._is_pipeline:
-            batch = iter([(tokens_BS, tokens_BS)])
+            batch = iter([self._positions((tokens_BS, tokens_BS))])
             _, logits_SBV = self._wrapped.eval_batch(batch, return_logits=True, num_micro_batches=1)
             if logits_SBV is None:
                 return None
         else:
             self._wrapped.eval()
             with torch.no_grad():
-                logits_SBV = self._wrapped(tokens_BS.to(self.ranks.device))
+                logits_SBV = self._wrapped(self._to_device((tokens_BS, tokens_BS))[0])
         logits_SBV = logits_SBV[:positions, :rows].contiguous()  # before gathering: the whole may not fit
         shards = [torch.empty_like(logits_SBV) for _ in range(self.ranks.tensor_size)]
         dist.all_gather(shards, logits_SBV, group=self.ranks.tensor_group)
-        return torch.cat(shards, -1)[..., : self.plan.model.vocab_size].transpose(0, 1).float()
+        logits_SBV = torch.cat(shards, -1)[..., : self.plan.model.vocab_size].contiguous()
+        chunks = [torch.empty_like(logits_SBV) for _ in range(self.ranks.context_size)]
+        dist.all_gather(chunks, logits_SBV, group=self.ranks.context_group)
+        return torch.cat(chunks)[:positions].transpose(0, 1).float()
 
     def fragments(self) -> list[Fragment]:
         """The parts of the fp32 master weights and moments that this rank owns."""
-        return local_fragments(self.parameters.items(), self._wrapped.optimizer, self.ranks.data_rank)
+        return local_fragments(self.parameters.items(), self._wrapped.optimizer, self.ranks.gradient_rank)
 
     def loss_scale_state(self) -> dict[str, float] | None:
         """Where dynamic loss scaling stands, the same on all ranks; None without it."""
@@ -169,7 +177,7 @@ class Engine:
         parameter: Any = self.parameters[name]
         if hasattr(parameter, "ds_id"):
             part = parameter.ds_tensor
-            mine = shard.flatten()[self.ranks.data_rank * part.numel() :][: part.numel()]
+            mine = shard.flatten()[self.ranks.gradient_rank * part.numel() :][: part.numel()]
             part.data[: mine.numel()].copy_(mine)
         else:
             parameter.data.copy_(shard)
@@ -180,13 +188,19 @@ class Engine:
         return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
     def _to_device(self, batch: Batch) -> Batch:
-        tokens, labels = batch
+        tokens, labels = self._positions(batch)
         return tokens.to(self.ranks.device, non_blocking=True), labels.to(self.ranks.device, non_blocking=True)
 
+    def _positions(self, batch: Batch) -> Batch:
+        """This context-parallel rank's positions of [B, S] tokens and labels."""
+        tokens, labels = (part.chunk(self.ranks.context_size, 1)[self.ranks.context_rank] for part in batch)
+        return tokens.contiguous(), labels.contiguous()
+
     def _mean_over_replicas(self, value: Tensor) -> Tensor:
-        if self.ranks.data_size > 1:
-            dist.all_reduce(value, group=self.ranks.data_group)
-            value /= self.ranks.data_size
+        # Parts of a sequence are equally long, so the mean over context-parallel ranks is the mean over positions.
+        if self.ranks.gradient_size > 1:
+            dist.all_reduce(value, group=self.ranks.gradient_group)
+            value /= self.ranks.gradient_size
         return value
 
 
@@ -271,10 +285,11 @@ class _PlannedPipeline(PipelineModule):
 
 
 def _pipeline_module(plan: Plan) -> PipelineModule:
-    # Megatron-Core's rank order: tensor parallel fastest, pipeline slowest.
+    # Megatron-Core's rank order: tensor parallel fastest, then context and data parallel (one axis to DeepSpeed),
+    # pipeline slowest.
     topology = ProcessTopology(
         axes=["pipe", "data", "model"],
-        dims=[plan.pipeline_parallel_size, plan.data_parallel_size, plan.tensor_parallel_size],
+        dims=[plan.pipeline_parallel_size, plan.gradient_parallel_size, plan.tensor_parallel_size],
     )
     module = _PlannedPipeline(
         layers=[_layer_spec(layer) for layer in pipeline_layers(plan)],

@@ -1,8 +1,8 @@
 """Views into DeepSpeed's partitioned state: which part of which parameter's fp32 master copy this rank owns.
 
-ZeRO keeps the master weights of a parameter group in one flat tensor that is cut over the data-parallel ranks, at
-places that have nothing to do with the parameters' borders. A fragment is the overlap of one parameter with this
-rank's part. Checkpoints read and write fragments and never talk to other ranks about it.
+ZeRO keeps the master weights of a parameter group in one flat tensor that is cut over the data- and context-parallel
+ranks, at places that have nothing to do with the parameters' borders. A fragment is the overlap of one parameter with
+this rank's part. Checkpoints read and write fragments and never talk to other ranks about it.
 """
 
 from collections.abc import Iterable
@@ -52,18 +52,18 @@ class Fragment:
         state["step"] = torch.tensor(float(step), dtype=torch.float32, device=self._flat.device)
 
 
-def local_fragments(named: Iterable[tuple[str, nn.Parameter]], zero: Any, data_rank: int) -> list[Fragment]:
+def local_fragments(named: Iterable[tuple[str, nn.Parameter]], zero: Any, gradient_rank: int) -> list[Fragment]:
     """All fragments of this rank.
 
     Args:
         named: canonical name and parameter of this rank.
         zero: DeepSpeed's optimizer wrapper (stages 1-3 or BF16_Optimizer).
-        data_rank: this rank's data-parallel rank.
+        gradient_rank: this rank's place among the ranks that ZeRO cuts over.
     """
     fragments = []
     for name, parameter in named:
         if hasattr(parameter, "ds_id"):
-            fragments.append(_stage3_fragment(name, parameter, zero, data_rank))
+            fragments.append(_stage3_fragment(name, parameter, zero, gradient_rank))
         elif parameter._hp_mapping is not None:  # type: ignore[attr-defined]
             fragments.append(_flat_fragment(name, parameter, zero))
     return fragments
@@ -77,10 +77,10 @@ def _flat_fragment(name: str, parameter: Any, zero: Any) -> Fragment:
     return Fragment(name, mapping.lp_fragment_address.start, master, flat, address.start, zero.optimizer)
 
 
-def _stage3_fragment(name: str, parameter: Any, zero: Any, data_rank: int) -> Fragment:
+def _stage3_fragment(name: str, parameter: Any, zero: Any, gradient_rank: int) -> Fragment:
     group, flat_start, part = zero.grad_position[zero.get_param_id(parameter)]
     flat = zero.fp32_partitioned_groups_flat[group]
-    start = min(data_rank * part, parameter.ds_numel)
+    start = min(gradient_rank * part, parameter.ds_numel)
     # The last ranks' parts are padded.
     numel = min(part, parameter.ds_numel - start)
     return Fragment(name, start, flat.detach().narrow(0, flat_start, numel), flat, flat_start, zero.optimizer)

@@ -1,15 +1,23 @@
-"""Attention core: torch's scaled_dot_product_attention in place of Megatron-Core's unfused one."""
+"""Attention core: torch's scaled_dot_product_attention in place of Megatron-Core's unfused one.
+
+Under context parallelism a rank holds some positions of all its heads; attention needs all positions of some heads. One
+all-to-all before it and one after it exchange the two ("DeepSpeed Ulysses", arXiv 2309.14509, section 3.1).
+"""
 
 import contextlib
+import math
 
 import torch
-from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import all_to_all, checkpoint, get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megagpt.model.causal_attention import causal_attention
 
-# Shapes: S sequence, B micro-batch, N query heads of this rank, G key/value heads of this rank, D channels per head.
+# Shapes: S sequence, B micro-batch, N query heads of this tensor-parallel rank, G its key/value heads, D channels per
+# head; C context-parallel ranks, s = S / C positions and n = N / C, g heads of one of them.
 
 
 class SDPAttention(MegatronModule):
@@ -54,24 +62,29 @@ class SDPAttention(MegatronModule):
         """Attend causally.
 
         Args:
-            query: [S, B, N, D].
-            key: [S, B, G, D].
-            value: [S, B, G, D].
+            query: [s, B, N, D].
+            key: [s, B, G, D].
+            value: [s, B, G, D].
 
         Returns:
-            [S, B, N x D].
+            [s, B, N x D].
         """
         assert attention_mask is None and packed_seq_params is None and attention_bias is None
-        is_rotated = value.untyped_storage().data_ptr() != query.untyped_storage().data_ptr()
-        if is_rotated and not self.config.qk_layernorm:  # a norm keeps its input
-            # As a view, the value alone would keep all three as they were projected.
+        group = parallel_state.get_context_parallel_group()
+        if group.size() > 1:
+            query, key, value = heads_for_positions(query, key, value, group)
+        elif value.untyped_storage().data_ptr() != query.untyped_storage().data_ptr() and not self.config.qk_layernorm:
+            # Rotated, and no norm keeps its input: as a view, the value alone would keep all three as projected.
             value = value.contiguous()
         query_BNSD, key_BGSD, value_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.recompute and torch.is_grad_enabled():
             context_BNSD = checkpoint(self._attend, False, query_BNSD, key_BGSD, value_BGSD)
         else:
             context_BNSD = self._attend(query_BNSD, key_BGSD, value_BGSD)
-        return context_BNSD.permute(2, 0, 1, 3).flatten(2)
+        context_SBND = context_BNSD.permute(2, 0, 1, 3)
+        if group.size() > 1:
+            context_SBND = positions_for_heads(context_SBND, group)
+        return context_SBND.flatten(2)
 
     def _attend(self, query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
@@ -82,3 +95,35 @@ class SDPAttention(MegatronModule):
             return causal_attention(
                 query_BNSD, key_BGSD, value_BGSD, self.softmax_scale, dropout, self.window, self.softcap
             )
+
+
+def heads_for_positions(query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) -> tuple[Tensor, ...]:
+    """Exchange positions of all heads for all positions of some heads; one all-to-all for all three.
+
+    Key/value heads are first repeated as often as it takes for the ranks to share them equally, each with the ones that
+    its query heads use; the gradients of the copies add up.
+
+    Args:
+        query: [s, B, N, D].
+        key: [s, B, G, D].
+        value: [s, B, G, D].
+        group: the context-parallel ranks, in the order of their positions; their number divides N.
+
+    Returns:
+        [S, B, n, D], [S, B, g, D] and [S, B, g, D] with g = lcm(G, C) / C.
+    """
+    ranks, groups = group.size(), key.shape[2]
+    repeats = math.lcm(groups, ranks) // groups
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2)
+    parts = [x.unflatten(2, (ranks, -1)) for x in (query, key, value)]  # [s, B, C, heads / C, D]
+    sizes = [part.shape[3] for part in parts]
+    sent_CsBhD = torch.cat(parts, 3).permute(2, 0, 1, 3, 4)
+    received_SBhD = all_to_all(group, sent_CsBhD).flatten(0, 1)  # rank after rank is position after position
+    return received_SBhD.split(sizes, 2)
+
+
+def positions_for_heads(context_SBnD: Tensor, group: ProcessGroup) -> Tensor:
+    """The way back: all positions of some heads [S, B, n, D] become some positions of all heads [s, B, N, D]."""
+    received_CsBnD = all_to_all(group, context_SBnD.unflatten(0, (group.size(), -1)))
+    return received_CsBnD.permute(1, 2, 0, 3, 4).flatten(2, 3)

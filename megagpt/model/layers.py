@@ -1,7 +1,7 @@
 """The pipeline layers: embedding, transformer layer, head. Each takes one tensor and gives one tensor.
 
-Shapes: B micro-batch, S sequence, H hidden size, V padded vocabulary / TP. Between layers flows [S, B, H], or
-[S / TP, B, H] under sequence parallelism.
+Shapes: B micro-batch, S sequence (this context-parallel rank's part of it), H hidden size, V padded vocabulary / TP.
+Between layers flows [S, B, H], or [S / TP, B, H] under sequence parallelism.
 """
 
 import math
@@ -41,7 +41,9 @@ class Embedding(LanguageModelEmbedding):
         """[B, S] int64 -> [S, B, H]."""
         positions_BS = None
         if self.add_position_embedding:
-            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+            length = tokens_BS.shape[1]
+            first = parallel_state.get_context_parallel_rank() * length
+            positions_BS = torch.arange(first, first + length, device=tokens_BS.device).expand_as(tokens_BS)
         hidden_SBH = super().forward(tokens_BS, positions_BS)
         if self.scale is None:
             return hidden_SBH
@@ -113,11 +115,18 @@ class Layer(nn.Module):
 
     def forward(self, hidden_SBH: Tensor) -> Tensor:
         """[S, B, H] -> [S, B, H]."""
-        rotary = None if self.rotary is None else self.rotary(hidden_SBH.shape[0] * self.sequence_splits)
+        rotary = None if self.rotary is None else self._rotary_of(hidden_SBH.shape[0] * self.sequence_splits)
         if self.forks_rng:
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 return self.block(hidden_SBH, attention_mask=None, rotary_pos_emb=rotary)[0]
         return self.block(hidden_SBH, attention_mask=None, rotary_pos_emb=rotary)[0]
+
+    def _rotary_of(self, length: int) -> Tensor:
+        """Angles [length, 1, 1, rotated channels] of this context-parallel rank's positions."""
+        assert self.rotary is not None
+        first = parallel_state.get_context_parallel_rank() * length
+        # `packed_seq` keeps Megatron-Core from cutting out what its own order of context-parallel ranks would need.
+        return self.rotary(length, first, packed_seq=True)
 
 
 class Head(ColumnParallelLinear):

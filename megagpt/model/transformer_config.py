@@ -27,7 +27,8 @@ _ACTIVATIONS: dict[str, Callable] = {
 def transformer_config(plan: Plan) -> TransformerConfig:
     """The config handed to Megatron-Core's layers.
 
-    Pipeline stages are DeepSpeed's business, so Megatron-Core is told of one. `initialize_weights` fills the weights.
+    Pipeline stages are DeepSpeed's business and the positions of context-parallel ranks are ours (`SDPAttention`), so
+    Megatron-Core's layers are told of one each. `initialize_weights` fills the weights.
     """
     model = plan.model
     config = TransformerConfig(
@@ -39,6 +40,7 @@ def transformer_config(plan: Plan) -> TransformerConfig:
         ffn_hidden_size=model.ffn_hidden_size,
         tensor_model_parallel_size=plan.tensor_parallel_size,
         pipeline_model_parallel_size=1,
+        context_parallel_size=1,
         sequence_parallel=plan.run.parallel.sequence_parallel,
         params_dtype=torch.float32,
         bf16=plan.precision == "bf16",

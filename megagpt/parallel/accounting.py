@@ -105,12 +105,12 @@ def group_names(ranks: Ranks) -> dict[frozenset[int], str]:
     """Names of the process groups that this rank is in, by their members: DeepSpeed makes groups of its own.
 
     Where two groups have the same members (one stage: `model` is `tensor`) the first of these names holds: self (this
-    rank alone), tensor, data, pipeline, embedding (first and last stage, which share a tied embedding), model (tensor x
-    pipeline), world.
+    rank alone), tensor, context, data (over which gradients are averaged: data x context), pipeline, embedding (first
+    and last stage, which share a tied embedding), model (tensor x pipeline), world.
     """
-    tensor, data, pipeline = (
+    tensor, context, data, pipeline = (
         frozenset(dist.get_process_group_ranks(group))
-        for group in (ranks.tensor_group, ranks.data_group, ranks.pipeline_group)
+        for group in (ranks.tensor_group, ranks.context_group, ranks.gradient_group, ranks.pipeline_group)
     )
     # Ranks are laid out with tensor parallel fastest and pipeline slowest.
     block = ranks.world_size // ranks.pipeline_size
@@ -119,6 +119,7 @@ def group_names(ranks: Ranks) -> dict[frozenset[int], str]:
     named = [
         (frozenset({ranks.rank}), "self"),
         (tensor, "tensor"),
+        (context, "context"),
         (data, "data"),
         (pipeline, "pipeline"),
         (frozenset({min(pipeline), max(pipeline)}), "embedding"),

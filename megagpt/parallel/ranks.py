@@ -20,8 +20,10 @@ GROUP_TIMEOUT = timedelta(minutes=30)
 class Ranks:
     """This process's place in the job and the groups that it belongs to.
 
-    Global ranks are laid out as Megatron-Core does by default: tensor parallel fastest, then data parallel, pipeline
-    slowest.
+    Global ranks are laid out as Megatron-Core does by default: tensor parallel fastest, then context parallel, then
+    data parallel, pipeline slowest. Two notions of data parallelism must not be mixed up: `data_*` says which samples
+    a rank sees; `gradient_*` says over which ranks gradients are averaged and ZeRO cuts its states, which is data x
+    context parallel, since a context-parallel rank sees other positions of the same samples.
     """
 
     rank: int
@@ -29,12 +31,18 @@ class Ranks:
     device: torch.device
     tensor_rank: int
     tensor_size: int
+    context_rank: int
+    context_size: int
     pipeline_rank: int
     pipeline_size: int
     data_rank: int
     data_size: int
+    gradient_rank: int
+    gradient_size: int
     tensor_group: Any
+    context_group: Any
     data_group: Any
+    gradient_group: Any
     pipeline_group: Any
 
     @property
@@ -81,7 +89,8 @@ class Ranks:
 
 
 class ModelParallelUnit:
-    """The `mpu` object of DeepSpeedEngine: model parallel means tensor parallel, there are no pipeline stages."""
+    """The `mpu` object of DeepSpeedEngine: model parallel means tensor parallel, there are no pipeline stages, and what
+    it calls data parallel is data x context parallel."""
 
     def __init__(self, ranks: Ranks):
         self._ranks = ranks
@@ -100,13 +109,13 @@ class ModelParallelUnit:
     get_tensor_model_parallel_group = get_model_parallel_group
 
     def get_data_parallel_rank(self) -> int:
-        return self._ranks.data_rank
+        return self._ranks.gradient_rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self._ranks.data_size
+        return self._ranks.gradient_size
 
     def get_data_parallel_group(self) -> Any:
-        return self._ranks.data_group
+        return self._ranks.gradient_group
 
     def get_pipeline_model_parallel_rank(self) -> int:
         return 0
@@ -144,7 +153,9 @@ def start_ranks(plan: Plan, launch: Launch) -> Ranks:
             deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=GROUP_TIMEOUT)
         except dist.DistNetworkError as error:
             raise LaunchError(_network_advice(launch, error)) from None
-    return _join_groups(plan.tensor_parallel_size, plan.pipeline_parallel_size, plan.run.training.seed)
+    return _join_groups(
+        plan.tensor_parallel_size, plan.context_parallel_size, plan.pipeline_parallel_size, plan.run.training.seed
+    )
 
 
 def _network_advice(launch: Launch, error: Exception) -> str:
@@ -189,15 +200,17 @@ def start_single_process(seed: int = 0) -> Ranks:
     support_hosts_without_cuda()
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return _join_groups(1, 1, seed)
+    return _join_groups(1, 1, 1, seed)
 
 
-def _join_groups(tensor_size: int, pipeline_size: int, seed: int) -> Ranks:
+def _join_groups(tensor_size: int, context_size: int, pipeline_size: int, seed: int) -> Ranks:
     from megatron.core import parallel_state, tensor_parallel
 
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size
+            tensor_model_parallel_size=tensor_size,
+            pipeline_model_parallel_size=pipeline_size,
+            context_parallel_size=context_size,
         )
     cuda = torch.cuda.is_available()
     ranks = Ranks(
@@ -206,16 +219,23 @@ def _join_groups(tensor_size: int, pipeline_size: int, seed: int) -> Ranks:
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        gradient_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        gradient_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
+        gradient_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
     )
-    # Dropout outside tensor-parallel regions must agree across TP ranks and differ between stages and replicas.
-    place = f"{seed}/{ranks.pipeline_rank}/{ranks.data_rank}"
+    # Dropout outside tensor-parallel regions must agree across TP ranks and differ wherever other stages, samples or
+    # positions are.
+    place = f"{seed}/{ranks.pipeline_rank}/{ranks.gradient_rank}"
     stage_seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "little") >> 1
     torch.manual_seed(stage_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)

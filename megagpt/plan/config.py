@@ -189,10 +189,18 @@ class ParallelConfig(Section):
     pipeline_partition: PipelinePartition = "uniform"
     """Transformer layers per stage: `uniform` (as evenly as possible), `parameters` (the largest stage is as small as
     it can be, embedding and head weighed in) or a list of their numbers such as [7, 8, 8, 7]."""
+    context_parallel_size: Positive = 1
+    """Ranks that share each sample (CP, for long sequences): each holds a part of the positions, and the heads of
+    attention are exchanged by all-to-all (Ulysses); divides query heads / tensor_model_parallel_size."""
     sequence_parallel: bool = False
     """Split norms and dropouts along the sequence over the tensor-parallel ranks."""
     make_vocab_size_divisible_by: Positive = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Ranks that share the samples of one data-parallel rank: TP x CP x PP."""
+        return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
 
 
 class DataConfig(Section):

@@ -53,7 +53,7 @@ REFUSED_KEYS = {
     "scheduler": "the schedule belongs in the run config's `optimizer:` section (warmup_steps, decay_steps, min_lr)",
     "activation_checkpointing": "recomputation is set by training.recompute_granularity in the run config",
     "tensor_parallel": "tensor parallelism is set by parallel.tensor_model_parallel_size in the run config",
-    "sequence_parallel_size": "sequence parallelism is set by parallel.sequence_parallel in the run config",
+    "sequence_parallel_size": "sequences are split by parallel.context_parallel_size in the run config",
     "data_parallel_size": "it follows from the number of ranks and the parallel section of the run config",
     "expert_parallel": "mixture-of-experts models are not supported",
     "hybrid_engine": "DeepSpeed's hybrid engine (for RLHF) is not supported",

@@ -108,22 +108,22 @@ def model_state_bytes(
     precision: Precision,
     grad_accum_dtype: Precision,
     zero_stage: int,
-    data_parallel_size: int,
+    gradient_parallel_size: int,
     optimizer: str,
     offloads_optimizer: bool = False,
     offloads_parameters: bool = False,
 ) -> StateBytes:
     """Bytes of model states on one rank that holds `parameters` before ZeRO's sharding.
 
-    ZeRO (arXiv 1910.02054), 16 bit with Adam, N = data-parallel size: stage 1 `(4 + 12/N) P`, stage 2 `(2 + 14/N) P`,
-    stage 3 `16 P / N`. Gradients count 4 bytes instead of 2 when they are accumulated in fp32. DeepSpeed keeps its own
-    master copy of the weights for fp32 models too.
+    ZeRO (arXiv 1910.02054), 16 bit with Adam, N = data x context parallel size: stage 1 `(4 + 12/N) P`, stage 2
+    `(2 + 14/N) P`, stage 3 `16 P / N`. Gradients count 4 bytes instead of 2 when they are accumulated in fp32.
+    DeepSpeed keeps its own master copy of the weights for fp32 models too.
 
     Offloading the optimizer moves its states to the host, and adds fp32 gradients for them and (stages 1 and 2) a copy
     of the weights on their way back; under stage 3 the accumulated gradients move too. Offloading parameters (stage 3)
     moves the weights; what a layer has gathered while it computes is not counted.
     """
-    ranks = data_parallel_size
+    ranks = gradient_parallel_size
     weights = parameters * DTYPE_BYTES[precision]
     gradients = parameters * DTYPE_BYTES[grad_accum_dtype]
     states = parameters * (4 + (8 if optimizer == "adamw" else 0))
@@ -198,7 +198,8 @@ def stage_activation_bytes(
     Under 1F1B, stage p of P keeps `min(P - p, micro-batches)` micro-batches. A recomputed run of layers keeps its
     input only (`2 s b h`, table 2; less if that is split over tensor-parallel ranks or offloaded), and the longest run
     is expanded once. Recomputing the attention core only keeps as much as a fused kernel does. The head adds its fp32
-    logits (`4 s b V / t`), and the bent ones of a soft cap.
+    logits (`4 s b V / t`), and the bent ones of a soft cap. Under context parallelism s is a rank's part of the
+    sequence.
     """
     layer = layer_activation_bytes(
         model, seq_length, microbatch_size, tensor_parallel_size, sequence_parallel, precision

@@ -36,12 +36,15 @@ class Plan:
     run: RunConfig
     deepspeed: DeepSpeedConfig
     world_size: int
-    """Ranks: tensor_parallel_size x pipeline_parallel_size x data_parallel_size."""
+    """Ranks: tensor_parallel_size x context_parallel_size x data_parallel_size x pipeline_parallel_size."""
     tensor_parallel_size: int
+    context_parallel_size: int
+    """Ranks that share the positions of each sample."""
     pipeline_parallel_size: int
     data_parallel_size: int
+    """Ranks that hold the same weights and positions, and see different samples."""
     microbatch_size: int
-    """Samples per micro-batch on one data-parallel rank."""
+    """Samples per micro-batch on one data-parallel rank (of each, a context-parallel rank holds a part)."""
     num_microbatches: int
     """Micro-batches per step (gradient accumulation)."""
     global_batch_size: int
@@ -83,6 +86,16 @@ class Plan:
         return self.global_batch_size * self.seq_length
 
     @property
+    def gradient_parallel_size(self) -> int:
+        """Ranks over which gradients are averaged and ZeRO cuts its states: data x context parallel."""
+        return self.data_parallel_size * self.context_parallel_size
+
+    @property
+    def chunk_length(self) -> int:
+        """Positions of each sample on one context-parallel rank."""
+        return self.seq_length // self.context_parallel_size
+
+    @property
     def memory(self) -> MemoryEstimate:
         """Estimated bytes on one rank of the stage that needs most."""
         return max(self.memory_per_stage, key=lambda estimate: estimate.total)
@@ -95,7 +108,8 @@ class Plan:
         """What is handed to `deepspeed.initialize`: a copy of the JSON with everything resolved."""
         config = copy.deepcopy(self.deepspeed.raw)
         config |= {
-            "train_batch_size": self.global_batch_size,
+            # To DeepSpeed context-parallel ranks are data-parallel ranks, each with samples of its own.
+            "train_batch_size": self.global_batch_size * self.context_parallel_size,
             "train_micro_batch_size_per_gpu": self.microbatch_size,
             "gradient_accumulation_steps": self.num_microbatches,
             "gradient_clipping": self.gradient_clipping,
@@ -131,7 +145,8 @@ def make_plan(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> Pl
     if problems:
         raise ConfigError(problems, nearest_layout(run, deepspeed, world_size))
     tensor, pipeline = run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size
-    data = world_size // (tensor * pipeline)
+    context = run.parallel.context_parallel_size
+    data = world_size // run.parallel.ranks_per_replica
     batch = resolve_batch(deepspeed, data)
     model, seq_length = run.model, run.training.seq_length
     zero_stage = max(deepspeed.zero_stage, 1)
@@ -144,6 +159,7 @@ def make_plan(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> Pl
         deepspeed=deepspeed,
         world_size=world_size,
         tensor_parallel_size=tensor,
+        context_parallel_size=context,
         pipeline_parallel_size=pipeline,
         data_parallel_size=data,
         microbatch_size=batch.microbatch_size,
@@ -166,7 +182,9 @@ def make_plan(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> Pl
             recomputed_layers(run.training, [len(transformer_layers_of_stage(bounds, p)) for p in range(pipeline)]),
         ),
         memory_per_stage=tuple(
-            _estimate_memory(run, deepspeed, grad_accum_dtype, zero_stage, data, batch, padded_vocab, bounds, p)
+            _estimate_memory(
+                run, deepspeed, grad_accum_dtype, zero_stage, data * context, batch, padded_vocab, bounds, p
+            )
             for p in range(pipeline)
         ),
         notes=tuple(_notes(run, deepspeed, batch)),
@@ -178,7 +196,7 @@ def _estimate_memory(
     deepspeed: DeepSpeedConfig,
     grad_accum_dtype: Precision,
     zero_stage: int,
-    data_parallel_size: int,
+    gradient_parallel_size: int,
     batch: Batch,
     padded_vocab: int,
     bounds: tuple[int, ...],
@@ -192,7 +210,7 @@ def _estimate_memory(
         deepspeed.precision,
         grad_accum_dtype,
         zero_stage,
-        data_parallel_size,
+        gradient_parallel_size,
         run.optimizer.name,
         deepspeed.offloads_optimizer,
         deepspeed.offloads_parameters,
@@ -203,7 +221,7 @@ def _estimate_memory(
         microbatches_in_flight=min(pipeline - stage, batch.num_microbatches),
         has_head=stage == pipeline - 1,
         padded_vocab_size=padded_vocab,
-        seq_length=run.training.seq_length,
+        seq_length=run.training.seq_length // parallel.context_parallel_size,
         microbatch_size=batch.microbatch_size,
         tensor_parallel_size=tensor,
         sequence_parallel=parallel.sequence_parallel,

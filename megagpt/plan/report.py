@@ -90,9 +90,10 @@ def _model_lines(plan: Plan) -> list[str]:
 
 def _layout_lines(plan: Plan) -> list[str]:
     sequence = "; norms and dropouts split along the sequence" if plan.run.parallel.sequence_parallel else ""
+    context = f"context {plan.context_parallel_size} x " if plan.context_parallel_size > 1 else ""
     return [
-        f"{plan.world_size} ranks = tensor {plan.tensor_parallel_size} x pipeline {plan.pipeline_parallel_size} "
-        f"x data {plan.data_parallel_size}{sequence}"
+        f"{plan.world_size} ranks = tensor {plan.tensor_parallel_size} x {context}"
+        f"pipeline {plan.pipeline_parallel_size} x data {plan.data_parallel_size}{sequence}"
     ]
 
 

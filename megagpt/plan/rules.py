@@ -22,6 +22,7 @@ def check_all(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> li
         *check_ranks(run, world_size),
         *check_model(run.model),
         *check_tensor_parallel(run),
+        *check_context_parallel(run),
         *check_pipeline(run, deepspeed),
         *check_sequence(run),
         *check_recompute(run),
@@ -34,22 +35,28 @@ def check_all(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> li
 
 
 def check_ranks(run: RunConfig, world_size: int) -> list[str]:
-    """The number of ranks must be TP x PP x DP."""
-    tensor, pipeline = run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size
-    unit = tensor * pipeline
+    """The number of ranks must be TP x CP x PP x DP."""
+    parallel = run.parallel
+    sizes = {
+        "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+    }
+    if parallel.context_parallel_size > 1:
+        sizes["context_parallel_size"] = parallel.context_parallel_size
+    unit = parallel.ranks_per_replica
     if world_size >= 1 and world_size % unit == 0:
         return []
     below = world_size // unit * unit
-    sizes = or_list(size for size in (below, below + unit) if size > 0)
+    works = or_list(size for size in (below, below + unit) if size > 0)
     return [
-        f"world size {world_size} is not a multiple of parallel.tensor_model_parallel_size x "
-        f"pipeline_model_parallel_size = {tensor} x {pipeline} = {unit}; start {sizes} ranks, or change the layout"
+        f"world size {world_size} is not a multiple of {' x '.join(sizes)} = {' x '.join(map(str, sizes.values()))} = "
+        f"{unit}; start {works} ranks, or change the layout"
     ]
 
 
 def check_batch(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> list[str]:
     """The batch must go around the data-parallel ranks."""
-    unit = run.parallel.tensor_model_parallel_size * run.parallel.pipeline_model_parallel_size
+    unit = run.parallel.ranks_per_replica
     if world_size < unit or world_size % unit:
         return []  # how many data-parallel ranks there are is unknown, which is reported
     try:
@@ -151,6 +158,20 @@ def _groups_split(model: ModelConfig, tensor: int) -> bool:
     return groups % tensor == 0 or (tensor % groups == 0 and rows % tensor == 0)
 
 
+def check_context_parallel(run: RunConfig) -> list[str]:
+    """Inside attention each context-parallel rank holds an equal part of its tensor-parallel rank's query heads."""
+    tensor, context = run.parallel.tensor_model_parallel_size, run.parallel.context_parallel_size
+    heads, rest = divmod(run.model.num_attention_heads, tensor)
+    if rest or heads % context == 0:
+        return []
+    works = max(size for size in divisors(heads) if size < context)
+    return [
+        f"parallel.context_parallel_size={context} does not divide model.num_attention_heads / "
+        f"parallel.tensor_model_parallel_size = {run.model.num_attention_heads} / {tensor} = {heads}; use "
+        f"context_parallel_size {works}, or fewer tensor-parallel ranks"
+    ]
+
+
 def check_pipeline(run: RunConfig, deepspeed: DeepSpeedConfig) -> list[str]:
     """Every stage needs a layer; ZeRO 2 and 3 do not go with stages."""
     stages = run.parallel.pipeline_model_parallel_size
@@ -202,7 +223,7 @@ def check_pipeline_partition(run: RunConfig) -> list[str]:
 
 
 def check_sequence(run: RunConfig) -> list[str]:
-    """The length of samples must fit positions and sequence parallelism."""
+    """The length of samples must fit positions, and be divisible into the parts that ranks hold."""
     problems = []
     length, longest = run.training.seq_length, run.model.max_position_embeddings
     tensor = run.parallel.tensor_model_parallel_size
@@ -211,11 +232,18 @@ def check_sequence(run: RunConfig) -> list[str]:
             f"training.seq_length={length} is more than model.max_position_embeddings={longest}; shorten the samples, "
             "or raise max_position_embeddings"
         )
-    if run.parallel.sequence_parallel and length % tensor:
-        below = length // tensor * tensor
+    parts = {}
+    if run.parallel.context_parallel_size > 1:
+        parts["parallel.context_parallel_size"] = run.parallel.context_parallel_size
+    if run.parallel.sequence_parallel:
+        parts["parallel.tensor_model_parallel_size (parallel.sequence_parallel=true)"] = tensor
+    unit = math.prod(parts.values())
+    if length % unit:
+        below = length // unit * unit
+        product = f" = {' x '.join(map(str, parts.values()))}" if len(parts) > 1 else ""
         problems.append(
-            f"training.seq_length={length} is not divisible by parallel.tensor_model_parallel_size={tensor}, which "
-            f"parallel.sequence_parallel=true needs; use {or_list(x for x in (below, below + tensor) if x > 0)}"
+            f"training.seq_length={length} is not divisible by {' x '.join(parts)}{product} = {unit}; use "
+            f"{or_list(x for x in (below, below + unit) if x > 0)}"
         )
     return problems
 

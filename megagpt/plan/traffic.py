@@ -9,6 +9,7 @@ that is more, is counted as it is and said in a comment. `parallel/accounting.py
 Scalars (gradient norm, overflow flag, loss) are left out.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ class Transfer:
     purpose: str
     """What for, in words."""
     group: str
-    """tensor, pipeline, data or embedding (first and last pipeline stage)."""
+    """tensor, context, data (data x context), pipeline or embedding (first and last pipeline stage)."""
     collective: str
     """A key of RING_FACTORS."""
     size: int
@@ -72,13 +73,18 @@ def traffic_per_step(plan: Plan, stage: int) -> tuple[Transfer, ...]:
         plan: the layout.
         stage: 0 ... pipeline size - 1.
     """
-    transfers = [*_tensor_parallel(plan, stage), *_pipeline(plan, stage), *_data_parallel(plan, stage)]
+    transfers = [
+        *_tensor_parallel(plan, stage),
+        *_context_parallel(plan, stage),
+        *_pipeline(plan, stage),
+        *_data_parallel(plan, stage),
+    ]
     return tuple(transfer for transfer in transfers if transfer.size > 1 and transfer.payload > 0)
 
 
 def _activation_bytes(plan: Plan) -> int:
-    """Bytes of the hidden states of one micro-batch: s b h."""
-    return plan.seq_length * plan.microbatch_size * plan.model.hidden_size * DTYPE_BYTES[plan.precision]
+    """Bytes of the hidden states of one micro-batch: s b h, with the positions of one context-parallel rank."""
+    return plan.chunk_length * plan.microbatch_size * plan.model.hidden_size * DTYPE_BYTES[plan.precision]
 
 
 def _tensor_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
@@ -91,10 +97,10 @@ def _tensor_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
         return Transfer(purpose, "tensor", collective, size, count * passes * sbh)
 
     layers = len(plan.transformer_layers_of_stage(stage))
-    runs = layer_runs(plan.run.training, layers)
-    forwards = layers + sum(run.num_layers for run in runs if run.is_recomputed)
+    forwards = _forwards(plan, layers)
     if plan.run.training.distribute_saved_activations:
-        yield transfer("saved activations", "all_gather", sum(run.is_recomputed for run in runs))
+        kept = sum(run.is_recomputed for run in layer_runs(plan.run.training, layers))
+        yield transfer("saved activations", "all_gather", kept)
     if sequence:
         # Attention and MLP each gather their input and scatter the sum of their output; backward the other way round,
         # and Megatron-Core keeps only its part of the input, so it gathers that again for the weight's gradient.
@@ -108,7 +114,7 @@ def _tensor_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
     if model.num_query_groups < size:
         # Ranks that share a key/value head cut its rows among them, so each gathers the projection's results.
         rows = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
-        projected = plan.seq_length * plan.microbatch_size * rows * DTYPE_BYTES[plan.precision] * passes
+        projected = plan.chunk_length * plan.microbatch_size * rows * DTYPE_BYTES[plan.precision] * passes
         yield Transfer("shared key/value heads", "tensor", "all_gather", size, forwards * projected)
         yield Transfer("shared key/value heads", "tensor", "reduce_scatter", size, layers * projected)
     yield _partial_gradients(plan, layers, last)
@@ -119,8 +125,28 @@ def _tensor_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
         yield transfer("embedding", "all_gather", 1 * sequence)
     if last:
         # Largest logit, logit of the label and sum of exponentials of each token, in fp32.
-        tokens = plan.seq_length * plan.microbatch_size
+        tokens = plan.chunk_length * plan.microbatch_size
         yield Transfer("loss", "tensor", "all_reduce", size, 3 * 4 * tokens * passes)
+
+
+def _context_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
+    """Ulysses (arXiv 2309.14509, section 3.1): query, key and value change places in one all-to-all before attention,
+    its output in one after it, and their gradients in the backward pass."""
+    size, model, tensor = plan.context_parallel_size, plan.model, plan.tensor_parallel_size
+    heads, groups = model.num_attention_heads // tensor, max(model.num_query_groups // tensor, 1)
+    # Key/value heads are repeated until the ranks can share them equally.
+    exchanged = (2 * heads + 2 * math.lcm(groups, size)) * model.kv_channels
+    layers = len(plan.transformer_layers_of_stage(stage))
+    passes = (_forwards(plan, layers) + layers) * plan.num_microbatches
+    tokens = plan.chunk_length * plan.microbatch_size
+    yield Transfer(
+        "attention heads", "context", "all_to_all", size, passes * tokens * exchanged * DTYPE_BYTES[plan.precision]
+    )
+
+
+def _forwards(plan: Plan, layers: int) -> int:
+    """Forward passes through the layers of a stage per micro-batch, those of recomputation included."""
+    return layers + sum(run.num_layers for run in layer_runs(plan.run.training, layers) if run.is_recomputed)
 
 
 def _partial_gradients(plan: Plan, layers: int, last: bool) -> Transfer:
@@ -172,18 +198,24 @@ def _data_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
     parameters = stage_parameters_per_rank(
         plan.model, plan.stage_bounds, stage, plan.tensor_parallel_size, plan.padded_vocab_size
     )
-    zero, size, passes = plan.deepspeed.raw.get("zero_optimization", {}), plan.data_parallel_size, plan.num_microbatches
+    zero, size, passes = (
+        plan.deepspeed.raw.get("zero_optimization", {}),
+        plan.gradient_parallel_size,
+        plan.num_microbatches,
+    )
+    # One and the same group is called by its first name, see `parallel/accounting.py`.
+    group = "context" if plan.context_parallel_size > 1 and plan.data_parallel_size == 1 else "data"
     communicated = plan.deepspeed.raw.get("communication_data_type") or plan.precision
     gradients = parameters * DTYPE_BYTES[communicated]
     weights = parameters * DTYPE_BYTES[plan.precision]
     if plan.zero_stage == 3:
-        yield Transfer("gradients", "data", "reduce_scatter", size, passes * gradients)
+        yield Transfer("gradients", group, "reduce_scatter", size, passes * gradients)
         # Gathered for the forward and again for the backward pass; layers below the thresholds of the JSON stay.
-        yield Transfer("weights", "data", "all_gather", size, 2 * passes * weights)
+        yield Transfer("weights", group, "all_gather", size, 2 * passes * weights)
         return
     # Stage 2 keeps no whole gradients from one micro-batch to the next, so it reduces each one. DeepSpeed's default
     # reduces a bucket for all ranks at once, by an all-reduce: twice the bytes of a reduce-scatter.
     times = passes if plan.zero_stage == 2 else 1
     one_by_one = zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
-    yield Transfer("gradients", "data", "reduce" if one_by_one else "all_reduce", size, times * gradients)
-    yield Transfer("weights", "data", "all_gather", size, weights)
+    yield Transfer("gradients", group, "reduce" if one_by_one else "all_reduce", size, times * gradients)
+    yield Transfer("weights", group, "all_gather", size, weights)

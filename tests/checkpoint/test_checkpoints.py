@@ -62,6 +62,8 @@ def curve(plan, save_at: int | None = None, resumes: bool = False, until: int = 
         {"tp": 2, "pp": 2, "precision": "fp16", "model": "gpt2", "deepspeed": OVERFLOWING},
         {"tp": 2, "pp": 2, "precision": "bf16", "model": "gpt2", "deepspeed": {"zero_optimization": OFFLOADING}},
         {"dp": 2, "zero": 3, "precision": "fp16", "deepspeed": {**OVERFLOWING, "zero_optimization": OFFLOADING_ALL}},
+        {"cp": 2, "pp": 2},
+        {"cp": 2, "zero": 3},
     ],
     ids=lambda layout: "-".join(
         f"{key}{value if isinstance(value, str | int) else ''}" for key, value in layout.items()
@@ -78,11 +80,13 @@ def test_resume_is_bit_exact(tmp_path, layout):
         assert len(after) > 1, "and the scale changed after resuming, at a step that depends on what was saved"
 
 
-@pytest.mark.parametrize("source", [{"tp": 2, "pp": 2}, {"dp": 2, "zero": 3}], ids=["tp2pp2", "zero3"])
+@pytest.mark.parametrize(
+    "source", [{"tp": 2, "pp": 2}, {"dp": 2, "zero": 3}, {"cp": 2}], ids=["tp2pp2", "zero3", "cp2"]
+)
 def test_resume_on_another_layout_continues_the_curve(tmp_path, source):
     plan = plan_in(tmp_path, optimizer=ADAM, **source)
     expected = run_ranks(curve, plan.world_size, plan, save_at=HALF)[0][HALF:]
-    for target in ({}, {"pp": 2, "dp": 2}, {"tp": 2, "dp": 2, "zero": 2}, {"tp": 2, "zero": 3}):
+    for target in ({}, {"pp": 2, "dp": 2}, {"tp": 2, "dp": 2, "zero": 2}, {"tp": 2, "zero": 3}, {"tp": 2, "cp": 2}):
         other = plan_in(tmp_path, **target)
         values = run_ranks(curve, other.world_size, other, resumes=True)[0]
         assert [v[0] for v in values] == pytest.approx([v[0] for v in expected], abs=1e-5), target
@@ -109,6 +113,25 @@ def test_tied_weights_survive_a_move(tmp_path):
     other = plan_in(tmp_path, model="gpt2", tp=1, pp=2)
     values = run_ranks(curve, 2, other, resumes=True)[0]
     assert [v[0] for v in values] == pytest.approx([v[0] for v in expected], abs=1e-5)
+
+
+def probe_of_one_process(folder: Path) -> tuple:
+    """Logits that the training ranks kept, and those of the same weights and tokens in one process."""
+    from megagpt.checkpoint import CheckpointReader, find_checkpoint
+    from megagpt.generate import load_model, model_logits
+
+    model, reader = load_model(folder)
+    tokens_BS, logits_BPV = CheckpointReader(find_checkpoint(folder)).probe()
+    return logits_BPV, model_logits(model, tokens_BS, reader.run.model.vocab_size)[:, : logits_BPV.shape[1]]
+
+
+@pytest.mark.parametrize("layout", [{"cp": 2, "pp": 2}, {"cp": 4, "zero": 3}], ids=["cp2pp2", "cp4"])
+def test_the_probe_joins_the_positions_of_context_parallel_ranks(tmp_path, layout):
+    plan = plan_in(tmp_path, model="gpt2", **layout)
+    run_ranks(curve, plan.world_size, plan, save_at=1, until=1)
+    trained, alone = run_ranks(probe_of_one_process, 1, tmp_path)[0]
+    assert trained.shape == (1, plan.seq_length, plan.model.vocab_size)
+    assert (trained - alone).abs().max() < 1e-5
 
 
 def test_damaged_checkpoints_are_skipped_loudly(tmp_path):

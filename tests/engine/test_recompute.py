@@ -21,6 +21,8 @@ LAYOUTS = {
     "tp2-pp2-sp": dict(tp=2, pp=2, sp=True),
     "tp2-sp": dict(tp=2, sp=True),
     "tp2-zero3": dict(tp=2, zero=3),
+    "tp2-cp2-sp": dict(tp=2, cp=2, sp=True),
+    "cp2-pp2": dict(cp=2, pp=2),
 }
 CASES = [
     ("tp2-pp2", FULL),
@@ -35,6 +37,9 @@ CASES = [
     ("tp2-zero3", PAIRS),
     ("tp2-zero3", BOTH),
     ("tp2-zero3", SELECTIVE),
+    ("tp2-cp2-sp", PAIRS),
+    ("tp2-cp2-sp", SELECTIVE),
+    ("cp2-pp2", OFFLOADED),
 ]
 
 

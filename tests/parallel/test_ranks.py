@@ -19,17 +19,18 @@ def joined(plan) -> dict:
     from megagpt.parallel.ranks import start_ranks
 
     ranks = start_ranks(plan, detect_launch())
-    members = {}
-    for name in ("tensor", "data", "pipeline"):
+    groups = {}
+    for name in ("tensor", "context", "data", "gradient", "pipeline"):
         mask = torch.tensor(1 << ranks.rank)
         dist.all_reduce(mask, group=getattr(ranks, f"{name}_group"))
-        members[name] = [rank for rank in range(ranks.world_size) if int(mask) >> rank & 1]
+        groups[name] = [rank for rank in range(ranks.world_size) if int(mask) >> rank & 1]
     with get_cuda_rng_tracker().fork():
         inside = torch.rand(1).item()
     return {
         "place": (ranks.tensor_rank, ranks.data_rank, ranks.pipeline_rank),
+        "context": (ranks.context_rank, ranks.gradient_rank),
         "ends": (ranks.is_first_stage, ranks.is_last_stage),
-        "members": members,
+        "members": groups,
         "outside": torch.rand(1).item(),
         "inside": inside,
         "any": (ranks.any(ranks.rank == 2), ranks.any(False)),
@@ -41,17 +42,29 @@ def joined(plan) -> dict:
 
 @pytest.fixture(scope="module")
 def four(libraries) -> dict[str, list[dict]]:
-    layouts = {"tp2pp2": dict(tp=2, pp=2), "tp2dp2": dict(tp=2, dp=2)}
+    layouts = {"tp2pp2": dict(tp=2, pp=2), "tp2dp2": dict(tp=2, dp=2), "tp2cp2": dict(tp=2, cp=2)}
     return {name: run_ranks(joined, 4, tiny_plan(**layout)) for name, layout in layouts.items()}
 
 
 def test_tensor_ranks_are_neighbours_and_stages_lie_farthest_apart(four):
     assert [rank["place"] for rank in four["tp2pp2"]] == [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1)]
     assert [rank["place"] for rank in four["tp2dp2"]] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)]
-    assert four["tp2pp2"][1]["members"] == {"tensor": [0, 1], "data": [1], "pipeline": [1, 3]}
-    assert four["tp2dp2"][1]["members"] == {"tensor": [0, 1], "data": [1, 3], "pipeline": [1]}
+    assert members(four["tp2pp2"][1]) == {"tensor": [0, 1], "pipeline": [1, 3]}
+    assert members(four["tp2dp2"][1]) == {"tensor": [0, 1], "data": [1, 3], "gradient": [1, 3]}
     assert [rank["ends"] for rank in four["tp2pp2"]] == [(True, False)] * 2 + [(False, True)] * 2
     assert [rank["mpu"] for rank in four["tp2dp2"]] == [(0, 2), (1, 2)] * 2
+
+
+def members(rank: dict) -> dict[str, list[int]]:
+    """Groups with more than one member."""
+    return {name: group for name, group in rank["members"].items() if len(group) > 1}
+
+
+def test_context_parallel_ranks_see_the_same_samples_and_average_gradients(four):
+    assert [rank["place"] for rank in four["tp2cp2"]] == [(0, 0, 0), (1, 0, 0)] * 2, "one replica of the samples"
+    assert [rank["context"] for rank in four["tp2cp2"]] == [(0, 0), (0, 0), (1, 1), (1, 1)]
+    assert members(four["tp2cp2"][1]) == {"tensor": [0, 1], "context": [1, 3], "gradient": [1, 3]}
+    assert [rank["mpu"] for rank in four["tp2cp2"]] == [(0, 2), (1, 2)] * 2, "to DeepSpeed they are data parallel"
 
 
 def test_dropout_agrees_where_activations_do(four):
@@ -59,7 +72,7 @@ def test_dropout_agrees_where_activations_do(four):
         outside, inside = [rank["outside"] for rank in ranks], [rank["inside"] for rank in ranks]
         assert outside[0] == outside[1], "tensor-parallel ranks hold the same activations between the layers"
         assert outside[2] == outside[3]
-        assert outside[0] != outside[2], "stages and replicas hold other ones"
+        assert outside[0] != outside[2], "stages, replicas and other positions hold other ones"
         assert len(set(inside)) == 4, "heads differ everywhere"
 
 

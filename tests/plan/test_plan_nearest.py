@@ -64,7 +64,7 @@ def test_switches_are_named_when_they_change():
 def test_batches_must_fit_too():
     # 6 samples per step of 1 x 2 on each data-parallel rank: 3 of them
     batch = {"train_batch_size": 6, "gradient_accumulation_steps": 2}
-    assert advice_of(6, 1, 1, deepspeed=batch) == words(6, 1, 2, 3)
+    assert advice_of(6, 1, 1, deepspeed=batch) == words(6, 1, 1, 3, more="parallel.context_parallel_size=2 ")
     batch = {"train_batch_size": 12, "gradient_accumulation_steps": 5}
     assert advice_of(8, deepspeed=batch) == (
         "no layout of 8 ranks passes all rules; change the number of ranks, the batch or the model"

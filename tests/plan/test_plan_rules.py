@@ -61,6 +61,32 @@ def zero(stage: int, **keys) -> dict:
         ({}, {}, 0, "world size 0"),
         ({"model": {"num_query_groups": 5}}, {}, 1, "use num_query_groups 1, 2, 3, 4, 6 or 12"),
         (
+            {"parallel": {"context_parallel_size": 8}, "training": {"seq_length": 64}},
+            {},
+            8,
+            "parallel.context_parallel_size=8 does not divide model.num_attention_heads / "
+            "parallel.tensor_model_parallel_size = 12 / 1 = 12; use context_parallel_size 6, or fewer",
+        ),
+        (
+            {"parallel": {"context_parallel_size": 3}},
+            {},
+            3,
+            "training.seq_length=64 is not divisible by parallel.context_parallel_size = 3; use 63 or 66",
+        ),
+        (
+            {"parallel": {**parallel(2, sequence=True), "context_parallel_size": 3}, "training": {"seq_length": 63}},
+            {},
+            6,
+            "parallel.context_parallel_size x parallel.tensor_model_parallel_size (parallel.sequence_parallel=true) "
+            "= 3 x 2 = 6; use 60 or 66",
+        ),
+        (
+            {"parallel": {**parallel(2, 2), "context_parallel_size": 2}},
+            {},
+            4,
+            "pipeline_model_parallel_size x context_parallel_size = 2 x 2 x 2 = 8; start 8 ranks",
+        ),
+        (
             {"training": {"recompute_num_layers": 2}},
             {},
             1,
