@@ -103,6 +103,7 @@ FEATURES: Mapping[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "qk_layernorm": (False,),
     "parallel_residual": (False,),
+    "num_experts": (None,),
 }
 """Values of keys that most families cannot express otherwise: what `Family.requires` says about them wins."""
 

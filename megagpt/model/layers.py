@@ -66,7 +66,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: TransformerConfig, plan: Plan, index: int, rotary: RotaryEmbedding | None):
         super().__init__()
-        spec = layer_spec(config, plan)
+        spec = layer_spec(config, plan, index)
         if plan.model.parallel_residual:
             spec.module = ParallelResidualLayer
         self.block = build_module(spec, config=config, layer_number=index + 1)

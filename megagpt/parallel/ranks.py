@@ -21,7 +21,7 @@ class Ranks:
     """This process's place in the job and the groups that it belongs to.
 
     Global ranks are laid out as Megatron-Core does by default: tensor parallel fastest, then data parallel, pipeline
-    slowest.
+    slowest. Neighbouring data-parallel ranks share the experts.
     """
 
     rank: int
@@ -36,6 +36,13 @@ class Ranks:
     tensor_group: Any
     data_group: Any
     pipeline_group: Any
+    expert_rank: int
+    """Which part of each layer's experts this rank has."""
+    expert_size: int
+    expert_group: Any
+    """The data-parallel ranks that together have all experts."""
+    expert_data_group: Any
+    """The data-parallel ranks that have the same experts."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -144,7 +151,9 @@ def start_ranks(plan: Plan, launch: Launch) -> Ranks:
             deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=GROUP_TIMEOUT)
         except dist.DistNetworkError as error:
             raise LaunchError(_network_advice(launch, error)) from None
-    return _join_groups(plan.tensor_parallel_size, plan.pipeline_parallel_size, plan.run.training.seed)
+    return _join_groups(
+        plan.tensor_parallel_size, plan.pipeline_parallel_size, plan.expert_parallel_size, plan.run.training.seed
+    )
 
 
 def _network_advice(launch: Launch, error: Exception) -> str:
@@ -189,15 +198,17 @@ def start_single_process(seed: int = 0) -> Ranks:
     support_hosts_without_cuda()
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return _join_groups(1, 1, seed)
+    return _join_groups(1, 1, 1, seed)
 
 
-def _join_groups(tensor_size: int, pipeline_size: int, seed: int) -> Ranks:
+def _join_groups(tensor_size: int, pipeline_size: int, expert_size: int, seed: int) -> Ranks:
     from megatron.core import parallel_state, tensor_parallel
 
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size
+            tensor_model_parallel_size=tensor_size,
+            pipeline_model_parallel_size=pipeline_size,
+            expert_model_parallel_size=expert_size,
         )
     cuda = torch.cuda.is_available()
     ranks = Ranks(
@@ -213,6 +224,10 @@ def _join_groups(tensor_size: int, pipeline_size: int, seed: int) -> Ranks:
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_group=parallel_state.get_expert_model_parallel_group(),
+        expert_data_group=parallel_state.get_expert_data_parallel_group(),
     )
     # Dropout outside tensor-parallel regions must agree across TP ranks and differ between stages and replicas.
     place = f"{seed}/{ranks.pipeline_rank}/{ranks.data_rank}"
