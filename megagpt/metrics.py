@@ -99,8 +99,11 @@ class Meter:
         if self._bar is not None:
             self._bar[0].update(self._bar[1], completed=step)
 
-    def report(self) -> None:
+    def report(self, experts: dict[str, float] | None = None) -> None:
         """Fetch, print and write what has been recorded since the last report: the one wait for the device.
+
+        Args:
+            experts: figures about experts since the last report, by name.
 
         Raises:
             TrainingError: a loss is not finite, a norm is not finite although the update was made, or fp16 has skipped
@@ -116,7 +119,7 @@ class Meter:
         seconds = max(now - self._last_report - self._paused, 1e-9)
         tokens_per_second = len(records) * self.plan.tokens_per_step / seconds
         self._last_report, self._paused = now, 0.0
-        common = {"tokens_per_second": tokens_per_second, "memory_gb": memory_gb()}
+        common = {"tokens_per_second": tokens_per_second, "memory_gb": memory_gb(), **(experts or {})}
         for record, (loss, norm) in zip(records, values, strict=True):
             figures = {"loss": loss, "learning_rate": record.learning_rate, "grad_norm": norm}
             if record.loss_scale is not None:
@@ -125,7 +128,7 @@ class Meter:
         self.latest["train_loss"] = values[-1][0]
         seconds_per_step = (now - self._run_started) / max(self._step - self._first_step, 1)
         left = (self.plan.run.training.steps - self._step) * seconds_per_step
-        self._show(records, values[-1][0], values[-1][1], tokens_per_second, common["memory_gb"], left)
+        self._show(records, values[-1][0], values[-1][1], common, left)
         for record, (loss, norm) in zip(records, values, strict=True):
             if not (math.isfinite(loss) and (math.isfinite(norm) or record.skipped)):
                 raise TrainingError(_divergence(self.plan, record.step, loss, norm))
@@ -178,15 +181,17 @@ class Meter:
         if self._writer is not None:
             self._writer.close()
 
-    def _show(self, records: list[_Record], loss: float, norm: float, speed: float, memory: float, left: float) -> None:
-        figures = f"loss {loss:.4f}  lr {records[-1].learning_rate:.2e}"
+    def _show(self, records: list[_Record], loss: float, norm: float, common: dict[str, float], left: float) -> None:
+        figures, speed = f"loss {loss:.4f}  lr {records[-1].learning_rate:.2e}", common["tokens_per_second"]
         if self._bar is not None:  # with the bar and the time left, that is what 80 columns hold
             self._bar[0].update(self._bar[1], figures=f"{figures}  {speed:,.0f} tokens/s")
             return
         if records[-1].loss_scale is not None:
             skipped = sum(record.skipped for record in records)
             figures += f"  loss scale {records[-1].loss_scale:,.0f}" + (f" ({skipped} skipped)" if skipped else "")
-        figures += f"  grad norm {norm:.3f}  {speed:,.0f} tokens/s  {memory:.2f} GB"
+        figures += f"  grad norm {norm:.3f}  {speed:,.0f} tokens/s  {common['memory_gb']:.2f} GB"
+        if "expert_load_max_over_mean" in common:
+            figures += f"  busiest expert {common['expert_load_max_over_mean']:.1f} x mean"
         self.console.say(f"{self.at(self._step)}  {figures}  {timedelta(seconds=round(left))} left")
 
     def _write(self, step: int, group: str, figures: dict[str, float]) -> None:

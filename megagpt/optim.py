@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,20 +29,21 @@ def learning_rate(step: int, plan: Plan) -> float:
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], plan: Plan) -> torch.optim.Optimizer:
     """torch's optimizer over two groups: matrices with weight decay; norms and biases without.
 
+    Parameters that expert-parallel ranks do not share have a group of their own, as DeepSpeed wants it.
+
     Args:
         named: canonical name and parameter.
         plan: gives kind and coefficients.
     """
     options = plan.run.optimizer
-    decayed: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
+    members: dict[tuple[bool, str], list[nn.Parameter]] = {}
     for _, parameter in named:
-        (decayed if parameter.ndim > 1 else exempt).append(parameter)
-    groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((decayed, options.weight_decay), (exempt, 0.0))
-        if group
-    ]
+        expert_group = "" if getattr(parameter, "allreduce", True) else parameter.group_name  # type: ignore[attr-defined]
+        members.setdefault((parameter.ndim == 1, expert_group), []).append(parameter)
+    groups: list[dict[str, Any]] = []
+    for is_exempt, expert_group in sorted(members):
+        group = {"params": members[is_exempt, expert_group], "weight_decay": 0.0 if is_exempt else options.weight_decay}
+        groups.append(group | ({"moe": True, "name": expert_group} if expert_group else {}))
     if options.name == "sgd":
         return torch.optim.SGD(groups, lr=options.lr)
     return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)

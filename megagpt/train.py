@@ -155,6 +155,8 @@ def headline(plan: Plan, launch: Launch) -> str:
     layout = (
         f"TP {plan.tensor_parallel_size} x {context}PP {plan.pipeline_parallel_size} x DP {plan.data_parallel_size}"
     )
+    if plan.expert_parallel_size > 1:
+        layout += f" (EP {plan.expert_parallel_size})"
     batch = f"{plan.global_batch_size} x {plan.seq_length} = {plan.tokens_per_step:,} tokens"
     return (
         f"{plan.num_parameters:,} parameters, {plan.precision}, {layout}, ZeRO {plan.zero_stage}, started by "
@@ -222,7 +224,7 @@ def train(
             saves = is_last or due(state.step, run.checkpoint.save_interval)
             reports = evaluates or saves or due(state.step, run.logging.interval)
             if reports:  # before a save: what is recorded up to a checkpoint survives a kill, and is finite
-                meter.report()
+                meter.report(engine.expert_figures())
             if evaluates:
                 evaluate_split("validation", state.step)
             if is_last:

@@ -47,7 +47,26 @@ GEMMA = dict(
     untie_embeddings_and_output_weights=False,
 )
 """Everything of Gemma 2 and 3 at once."""
-MODELS = {"llama": LLAMA, "gpt2": GPT2, "neox": NEOX, "qwen3": QWEN3, "gemma": GEMMA}
+MIXTRAL = dict(LLAMA, num_layers=2, num_experts=4, moe_ffn_hidden_size=48, moe_aux_loss_coeff=0.5)
+SHARED_EXPERT = dict(
+    MIXTRAL,
+    num_layers=3,
+    moe_router_topk=3,
+    moe_layer_freq=[0, 1, 1],
+    moe_shared_expert_intermediate_size=32,
+    moe_shared_expert_gate=True,
+    moe_router_pre_softmax=True,
+    moe_z_loss_coeff=0.1,
+)
+MODELS = {
+    "llama": LLAMA,
+    "gpt2": GPT2,
+    "neox": NEOX,
+    "qwen3": QWEN3,
+    "gemma": GEMMA,
+    "mixtral": MIXTRAL,
+    "shared_expert": SHARED_EXPERT,
+}
 
 ADAM = dict(name="adamw", lr=1e-3, min_lr=1e-3)
 SGD = dict(name="sgd", lr=0.5, min_lr=0.5, weight_decay=0.0)
@@ -62,6 +81,7 @@ def tiny_plan(
     cp: int = 1,
     pp: int = 1,
     dp: int = 1,
+    ep: int = 1,
     zero: int = 1,
     precision: str = "fp32",
     sp: bool = False,
@@ -84,6 +104,7 @@ def tiny_plan(
             "tensor_model_parallel_size": tp,
             "context_parallel_size": cp,
             "pipeline_model_parallel_size": pp,
+            "expert_model_parallel_size": ep,
             "sequence_parallel": sp,
             "make_vocab_size_divisible_by": 16,
         },

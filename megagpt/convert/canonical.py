@@ -1,7 +1,7 @@
 """Names and shapes of a model's parameters, independent of how it was spread over ranks.
 
 Every tensor is full (no tensor-parallel shard) and has the tokenizer's vocabulary (no padding). Shape letters of the
-package: h hidden size, n query heads, g query groups (key/value heads), d channels per head, f MLP width,
+package: h hidden size, n query heads, g query groups (key/value heads), d channels per head, f MLP width, E experts,
 V vocabulary, P positions.
 """
 
@@ -31,6 +31,20 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     def add_norm(module: str, channels: int = hidden) -> None:
         add(module, (channels,), bias=model.normalization == "LayerNorm")
 
+    def add_mlp(module: str, width: int) -> None:
+        add(f"{module}.linear_fc1", (fc1_branches * width, hidden), bias=model.add_bias_linear)
+        add(f"{module}.linear_fc2", (hidden, width), bias=model.add_bias_linear)
+
+    def add_experts(module: str) -> None:
+        assert model.num_experts is not None
+        add(f"{module}.router", (model.num_experts, hidden), bias=False)
+        for expert in range(model.num_experts):
+            add_mlp(f"{module}.experts.{expert}", model.moe_ffn_hidden_size)
+        if model.moe_shared_expert_intermediate_size is not None:
+            add_mlp(f"{module}.shared_experts", model.moe_shared_expert_intermediate_size)
+            if model.moe_shared_expert_gate:
+                shapes[f"{module}.shared_experts.gate_weight"] = (1, hidden)
+
     add("embedding.word_embeddings", (model.vocab_size, hidden), bias=False)
     if model.position_embedding_type == "learned_absolute":
         add("embedding.position_embeddings", (model.max_position_embeddings, hidden), bias=False)
@@ -46,8 +60,10 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         if model.post_layernorms:
             add_norm(f"{layer}.post_self_attn_layernorm")
         add_norm(f"{layer}.pre_mlp_layernorm")
-        add(f"{layer}.mlp.linear_fc1", (fc1_branches * model.ffn_hidden_size, hidden), bias=bias)
-        add(f"{layer}.mlp.linear_fc2", (hidden, model.ffn_hidden_size), bias=bias)
+        if not model.has_experts(i):
+            add_mlp(f"{layer}.mlp", model.ffn_hidden_size)
+        else:
+            add_experts(f"{layer}.mlp")
         if model.post_layernorms:
             add_norm(f"{layer}.post_mlp_layernorm")
     add_norm("final_norm")

@@ -111,6 +111,7 @@ FEATURES: Mapping[str, tuple[Any, ...]] = {
     "post_layernorms": (False,),
     "scale_embedding": (False,),
     "parallel_residual": (False,),
+    "num_experts": (None,),
 }
 """Values of keys that most families cannot express otherwise: what `Family.requires` says about them wins."""
 

@@ -15,6 +15,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 
+from megagpt.engine.experts import expert_figures, tell_experts_to_deepspeed
 from megagpt.engine.fragments import Fragment, local_fragments
 from megagpt.engine.loss_scale import own_loss_scaler
 from megagpt.errors import ConfigError
@@ -26,6 +27,7 @@ from megagpt.model import (
     is_partial_over_tensor_ranks,
     language_model_loss,
     pipeline_layers,
+    set_auxiliary_loss_scale,
     with_recomputation,
 )
 from megagpt.optim import build_optimizer
@@ -63,7 +65,7 @@ class Engine:
 
     def __init__(self, plan: Plan, ranks: Ranks, module: nn.Module, optimizer: torch.optim.Optimizer, wrapped: Any):
         self.plan, self.ranks = plan, ranks
-        self.parameters = dict(named_parameters(module, plan))
+        self.parameters = dict(named_parameters(module, plan, ranks.expert_rank))
         """This rank's parameters by canonical name."""
         self._module, self._optimizer, self._wrapped = module, optimizer, wrapped
         self._is_pipeline = isinstance(module, PipelineModule)
@@ -81,6 +83,8 @@ class Engine:
             group["lr"] = learning_rate
         zero, is_fp16 = self._wrapped.optimizer, self.plan.precision == "fp16"
         loss_scale = float(zero.loss_scale) if is_fp16 else None
+        # The engine divides the main loss by the number of micro-batches, and scales it for fp16.
+        set_auxiliary_loss_scale((loss_scale or 1.0) / self.plan.num_microbatches, self.ranks.device)
         if self._is_pipeline:
             loss = self._wrapped.train_batch(map(self._positions, batches))
         else:
@@ -103,6 +107,10 @@ class Engine:
             self._wrapped.step()
             total += loss.detach()
         return self._mean_over_replicas(total / self.plan.num_microbatches)
+
+    def expert_figures(self) -> dict[str, float]:
+        """How evenly the routers have spread the tokens since the last call; see `experts.py`. Collective."""
+        return expert_figures(self._module, self.plan, self.ranks)
 
     def evaluate(self, batches: Iterator[Batch], num_batches: int) -> Tensor:
         """Mean loss per token of `num_batches` global batches, without dropout.
@@ -204,10 +212,17 @@ class Engine:
         return value
 
 
-def named_parameters(module: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Parameter]]:
-    """Canonical name and parameter of a PipelineModule's stage or of a GPT."""
+def named_parameters(module: nn.Module, plan: Plan, expert_rank: int = 0) -> Iterator[tuple[str, nn.Parameter]]:
+    """Canonical name and parameter of a PipelineModule's stage or of a GPT.
+
+    Args:
+        module: the stage, or the whole model.
+        plan: gives the number of layers and of experts per rank.
+        expert_rank: this process's expert-parallel rank.
+    """
+    first_expert = expert_rank * (plan.model.num_experts or 0) // plan.expert_parallel_size
     for name, parameter in module.named_parameters():
-        yield canonical_name(name, plan.model.num_layers), parameter
+        yield canonical_name(name, plan.model.num_layers, first_expert), parameter
 
 
 def build_engine(plan: Plan, ranks: Ranks) -> Engine:
@@ -223,9 +238,10 @@ def build_engine(plan: Plan, ranks: Ranks) -> Engine:
         )
     is_pipeline = plan.pipeline_parallel_size > 1
     module: nn.Module = _pipeline_module(plan) if is_pipeline else GPT(plan)
-    initialize_weights(named_parameters(module, plan), plan, ranks.tensor_rank)
+    initialize_weights(named_parameters(module, plan, ranks.expert_rank), plan, ranks.tensor_rank)
     sum_partial_gradients(module, ranks)
-    optimizer = build_optimizer(named_parameters(module, plan), plan)
+    tell_experts_to_deepspeed(module, plan, ranks)
+    optimizer = build_optimizer(named_parameters(module, plan, ranks.expert_rank), plan)
     wrapped, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,

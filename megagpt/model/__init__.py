@@ -1,5 +1,6 @@
 """The GPT: a list of pipeline layers built from Megatron-Core's transformer layer and tensor-parallel layers."""
 
+from megagpt.model.experts import expert_parameters, set_auxiliary_loss_scale, take_router_counts
 from megagpt.model.gpt import GPT, PipelineLayer, pipeline_layers
 from megagpt.model.initialize import initialize_weights
 from megagpt.model.loss import language_model_loss
@@ -12,10 +13,13 @@ __all__ = [
     "Partition",
     "PipelineLayer",
     "canonical_name",
+    "expert_parameters",
     "initialize_weights",
     "is_partial_over_tensor_ranks",
     "language_model_loss",
     "partition_of",
     "pipeline_layers",
+    "set_auxiliary_loss_scale",
+    "take_router_counts",
     "with_recomputation",
 ]

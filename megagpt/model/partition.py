@@ -10,17 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# The MLP of a dense layer, one of the routed experts, or the shared one.
+_MLP = r"\.mlp\.(experts\.\d+\.|shared_experts\.)?"
+
 # Canonical name -> (dimension that is cut, gate and up halves side by side?, rows are tokens?).
 _RULES: tuple[tuple[re.Pattern[str], int | None, bool, bool], ...] = (
     (re.compile(r"^(embedding\.word_embeddings|head)\.weight$"), 0, False, True),
     (re.compile(r"\.self_attention\.linear_qkv\.(weight|bias)$"), 0, False, False),
     (re.compile(r"\.self_attention\.linear_proj\.weight$"), 1, False, False),
-    (re.compile(r"\.mlp\.linear_fc1\.(weight|bias)$"), 0, True, False),
-    (re.compile(r"\.mlp\.linear_fc2\.weight$"), 1, False, False),
+    (re.compile(rf"{_MLP}linear_fc1\.(weight|bias)$"), 0, True, False),
+    (re.compile(rf"{_MLP}linear_fc2\.weight$"), 1, False, False),
     (re.compile(r"\.(linear_proj|linear_fc2)\.bias$"), None, False, False),
     (re.compile(r"(_layernorm|final_norm)\.(weight|bias)$"), None, False, False),
+    (re.compile(r"\.mlp\.(router\.weight|shared_experts\.gate_weight)$"), None, False, False),
     (re.compile(r"^embedding\.position_embeddings\.weight$"), None, False, False),
 )
+
+_LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -85,13 +91,19 @@ def partition_of(name: str, gated_mlp: bool) -> Partition:
     raise AssertionError(f"no partition rule for parameter {name!r}")
 
 
-def canonical_name(name: str, num_layers: int) -> str:
+def canonical_name(name: str, num_layers: int, first_expert: int = 0) -> str:
     """The canonical name of a parameter of a DeepSpeed PipelineModule or of `GPT`.
 
     PipelineModule numbers its layers (0 embedding, 1 ... L transformer layers, L+1 final norm, L+2 head) and keeps tied
-    ones apart; `GPT` already uses the canonical prefixes.
+    ones apart; `GPT` already uses the canonical prefixes. Megatron-Core numbers the experts of each rank from 0.
+
+    Args:
+        name: name in the module.
+        num_layers: transformer layers of the model.
+        first_expert: number of this rank's first expert among all of a layer.
     """
     name = name.removeprefix("module.").removeprefix("tied_modules.").replace(".block.", ".")
+    name = _LOCAL_EXPERT.sub(lambda match: f".experts.{int(match[1]) + first_expert}.", name)
     index, _, rest = name.partition(".")
     if not index.isdigit():
         return name

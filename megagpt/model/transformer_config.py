@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megagpt.model.attention import SDPAttention
+from megagpt.model.experts import count_in_router
 from megagpt.model.norm import HeadNorm, Norm
 from megagpt.plan import Plan
 
@@ -63,6 +65,7 @@ def transformer_config(plan: Plan) -> TransformerConfig:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        **_expert_options(plan),
     )
     # The MLP hands both halves of a gated activation to a module: ours, see `Layer`. Set after the constructor, which
     # knows Transformer Engine's modules only and refuses activations that those lack.
@@ -70,9 +73,41 @@ def transformer_config(plan: Plan) -> TransformerConfig:
     return config
 
 
+def _expert_options(plan: Plan) -> dict[str, Any]:
+    model, parallel = plan.model, plan.run.parallel
+    if model.num_experts is None:
+        return {}
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": model.moe_shared_expert_gate,
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_router_load_balancing_type": "aux_loss" if model.moe_aux_loss_coeff > 0 else "none",
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
+        "expert_model_parallel_size": plan.expert_parallel_size,
+        "expert_tensor_parallel_size": plan.tensor_parallel_size,
+    }
+
+
 def layer_spec(config: TransformerConfig, plan: Plan, index: int) -> ModuleSpec:
-    """Megatron-Core's local layer spec with our norms and attention core, for layer `index` (0 ... num_layers - 1)."""
-    spec, model = get_gpt_layer_local_spec(normalization=config.normalization), plan.model
+    """Megatron-Core's local layer spec with our norms, attention core and router.
+
+    Args:
+        config: Megatron-Core's config.
+        plan: gives recomputation, and which layers have experts.
+        index: 0 ... num_layers - 1.
+    """
+    model = plan.model
+    has_experts = model.has_experts(index)
+    num_experts = config.num_moe_experts if has_experts else None
+    spec = get_gpt_layer_local_spec(num_experts=num_experts, normalization=config.normalization)
+    if has_experts:
+        count_in_router(spec.submodules.mlp)
     recompute = plan.run.training.recompute_granularity == "selective"
     attention = dataclasses.replace(
         spec.submodules.self_attention.submodules,

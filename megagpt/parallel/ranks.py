@@ -24,6 +24,7 @@ class Ranks:
     data parallel, pipeline slowest. Two notions of data parallelism must not be mixed up: `data_*` says which samples
     a rank sees; `gradient_*` says over which ranks gradients are averaged and ZeRO cuts its states, which is data x
     context parallel, since a context-parallel rank sees other positions of the same samples.
+    Neighbouring data-parallel ranks share the experts.
     """
 
     rank: int
@@ -44,6 +45,13 @@ class Ranks:
     data_group: Any
     gradient_group: Any
     pipeline_group: Any
+    expert_rank: int
+    """Which part of each layer's experts this rank has."""
+    expert_size: int
+    expert_group: Any
+    """The data-parallel ranks that together have all experts."""
+    expert_data_group: Any
+    """The data-parallel ranks that have the same experts."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -154,7 +162,11 @@ def start_ranks(plan: Plan, launch: Launch) -> Ranks:
         except dist.DistNetworkError as error:
             raise LaunchError(_network_advice(launch, error)) from None
     return _join_groups(
-        plan.tensor_parallel_size, plan.context_parallel_size, plan.pipeline_parallel_size, plan.run.training.seed
+        plan.tensor_parallel_size,
+        plan.context_parallel_size,
+        plan.pipeline_parallel_size,
+        plan.expert_parallel_size,
+        plan.run.training.seed,
     )
 
 
@@ -200,10 +212,10 @@ def start_single_process(seed: int = 0) -> Ranks:
     support_hosts_without_cuda()
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return _join_groups(1, 1, 1, seed)
+    return _join_groups(1, 1, 1, 1, seed)
 
 
-def _join_groups(tensor_size: int, context_size: int, pipeline_size: int, seed: int) -> Ranks:
+def _join_groups(tensor_size: int, context_size: int, pipeline_size: int, expert_size: int, seed: int) -> Ranks:
     from megatron.core import parallel_state, tensor_parallel
 
     if not parallel_state.model_parallel_is_initialized():
@@ -211,6 +223,7 @@ def _join_groups(tensor_size: int, context_size: int, pipeline_size: int, seed: 
             tensor_model_parallel_size=tensor_size,
             pipeline_model_parallel_size=pipeline_size,
             context_parallel_size=context_size,
+            expert_model_parallel_size=expert_size,
         )
     cuda = torch.cuda.is_available()
     ranks = Ranks(
@@ -232,6 +245,10 @@ def _join_groups(tensor_size: int, context_size: int, pipeline_size: int, seed: 
         data_group=parallel_state.get_data_parallel_group(),
         gradient_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_group=parallel_state.get_expert_model_parallel_group(),
+        expert_data_group=parallel_state.get_expert_data_parallel_group(),
     )
     # Dropout outside tensor-parallel regions must agree across TP ranks and differ wherever other stages, samples or
     # positions are.

@@ -1,26 +1,30 @@
 """The one place that makes Megatron-Core and DeepSpeed run where there is no CUDA device.
 
-Megatron-Core asks torch.cuda for the current device and for the random state of the device. On a host without CUDA
-both questions have an answer of the same meaning: the CPU, and the CPU's random state. With these few functions
-replaced, the very same model code runs on gloo ranks. On a CUDA host nothing is touched.
+Megatron-Core asks torch.cuda for the current device, for the random state of the device and for streams. On a host
+without CUDA these questions have an answer of the same meaning: the CPU, its random state and its only stream. With
+these few functions replaced, the very same model code runs on gloo ranks. On a CUDA host nothing is touched.
 
 Where torch's matrix product is slow on the host's processor, a faster one takes its place: see `cpu_kernels`.
 """
 
 import importlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megagpt.parallel.cpu_kernels import mkl_is_slow, multiply_with_onednn
 
 
 def support_hosts_without_cuda() -> None:
     """Answer Megatron-Core's questions about the CUDA device with the CPU, if there is no CUDA device; idempotent."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or torch.cuda.Stream is _CpuStream:
         return
+    import megatron.core.tensor_parallel.mappings as mcore_mappings
     import megatron.core.tensor_parallel.random as mcore_random
+    import megatron.core.transformer.moe.token_dispatcher as mcore_dispatcher
 
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
@@ -28,10 +32,55 @@ def support_hosts_without_cuda() -> None:
     torch.cuda.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
     torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.Stream = _CpuStream  # type: ignore[misc,assignment]
+    torch.cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]
+    torch.cuda.stream = torch.cpu.stream  # type: ignore[assignment]
     mcore_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    mcore_dispatcher.maybe_move_tensor_to_cpu = _as_on_host
+    mcore_mappings._gather_along_first_dim = _gather_rows(mcore_mappings._gather_along_first_dim)
+    mcore_mappings._reduce_scatter_along_first_dim = _scatter_rows(mcore_mappings._reduce_scatter_along_first_dim)
     if mkl_is_slow():
         multiply_with_onednn()
+
+
+class _CpuStream(torch.cpu.Stream):
+    """What is put on it is done at once; torch's own gives no event, which Megatron-Core wants to wait for."""
+
+    def record_event(self) -> torch.cpu.Event:  # type: ignore[override]
+        return torch.cpu.Event()
+
+
+def _as_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """A tensor as the host reads it; Megatron-Core's own turns only those of a GPU into arrays."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _gather_rows(even: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Megatron-Core's gathering along the first dimension, also for unequal sizes, which gloo does not gather."""
+
+    def gather(input_: Tensor, group: Any, output_split_sizes: Any = None, *args: Any) -> Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return even(input_, group, None, *args)
+        output = input_.new_zeros(sum(output_split_sizes), *input_.shape[1:])
+        output.split(list(output_split_sizes))[group.rank()].copy_(input_)
+        torch.distributed.all_reduce(output, group=group)
+        return output
+
+    return gather
+
+
+def _scatter_rows(even: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Megatron-Core's summing and scattering along the first dimension, also to unequal sizes."""
+
+    def scatter(input_: Tensor, group: Any, input_split_sizes: Any = None, *args: Any) -> Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return even(input_, group, None, *args)
+        total = input_.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(list(input_split_sizes))[group.rank()].contiguous()
+
+    return scatter
 
 
 def prepare_deepspeed() -> None:

@@ -142,6 +142,24 @@ class ModelConfig(Section):
     """Dropout of the attention probabilities."""
     init_method_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the initial weights; output projections are scaled by 1 / sqrt(2 num_layers)."""
+    num_experts: Positive | None = None
+    """Experts per mixture-of-experts layer; null: a dense model."""
+    moe_router_topk: Positive = 2
+    """Experts that each token is sent to; none is ever dropped."""
+    moe_ffn_hidden_size: Positive
+    """Inner width of one expert; default: ffn_hidden_size, which is then used by dense layers only."""
+    moe_layer_freq: Positive | Annotated[tuple[Literal[0, 1], ...], Strict(False)] = 1
+    """Layers with experts: every n-th from the first on, or a list with 1 (experts) or 0 (dense) per layer."""
+    moe_shared_expert_intermediate_size: Positive | None = None
+    """Inner width of the expert that sees every token besides those chosen; null: there is none."""
+    moe_shared_expert_gate: bool = False
+    """Weigh the shared expert's output by a learned sigmoid gate."""
+    moe_router_pre_softmax: bool = False
+    """Weights of the chosen experts: softmax over all experts (true), or over the chosen ones, which then sum to 1."""
+    moe_aux_loss_coeff: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the load-balancing loss (arXiv 2101.03961, eq. 4); not part of the reported loss."""
+    moe_z_loss_coeff: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the router's z-loss (arXiv 2202.08906, eq. 5), which keeps its logits small."""
 
     @model_validator(mode="before")
     @classmethod
@@ -161,6 +179,8 @@ class ModelConfig(Section):
             values.setdefault("kv_channels", hidden // heads)
         if is_count(hidden):
             values.setdefault("ffn_hidden_size", 4 * hidden)
+        if is_count(values.get("ffn_hidden_size")):
+            values.setdefault("moe_ffn_hidden_size", values["ffn_hidden_size"])
         return values
 
     @property
@@ -178,6 +198,14 @@ class ModelConfig(Section):
         skips = self.window_attn_skip_freq is not None and (index + 1) % self.window_attn_skip_freq == 0
         return None if skips else self.sliding_window
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether a transformer layer, counted from 0, has experts in place of one MLP."""
+        if self.num_experts is None:
+            return False
+        if isinstance(self.moe_layer_freq, tuple):
+            return bool(self.moe_layer_freq[layer])
+        return layer % self.moe_layer_freq == 0
+
 
 class ParallelConfig(Section):
     """How the model is spread over ranks; the data-parallel size follows from the world size."""
@@ -194,6 +222,10 @@ class ParallelConfig(Section):
     attention are exchanged by all-to-all (Ulysses); divides query heads / tensor_model_parallel_size."""
     sequence_parallel: bool = False
     """Split norms and dropouts along the sequence over the tensor-parallel ranks."""
+    expert_model_parallel_size: Positive = 1
+    """Data-parallel ranks that share the experts of a layer (EP); divides data-parallel size and model.num_experts."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach their experts: each rank gets its experts' tokens, or all tokens of the TP x EP ranks."""
     make_vocab_size_divisible_by: Positive = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from megagpt.plan.config import ModelConfig, TrainingConfig
 from megagpt.plan.deepspeed_config import Precision
+from megagpt.plan.experts import mlp_sizes, num_expert_layers, projections
 from megagpt.plan.layout import norms_of_layer
 from megagpt.plan.recompute import layer_runs
 
@@ -60,7 +61,7 @@ def model_flops_per_step(model: ModelConfig, seq_length: int, global_batch_size:
     arXiv 2205.05198, appendix A, `72 B L s h^2 (1 + s/(6h) + V/(12 h L))`, generalised to grouped queries, gated
     MLPs and any head size: 2 FLOPs per multiply-add, backward = 2 x forward. As there, attention counts the full
     s x s matrix although half of it is masked, and the vocabulary is the unpadded one. A sliding window of w positions
-    counts its band in the same way: w (2 s - w) instead of s^2.
+    counts its band in the same way: w (2 s - w) instead of s^2. Of routed experts those that a token is sent to count.
     """
     layers, head = _forward_flops_per_sample(model, seq_length)
     return 3 * (layers + head) * global_batch_size
@@ -90,10 +91,10 @@ def _forward_flops_per_sample(model: ModelConfig, seq_length: int) -> tuple[int,
     hidden = model.hidden_size
     query = model.num_attention_heads * model.kv_channels
     key_value = 2 * model.num_query_groups * model.kv_channels
-    mlp = model.ffn_hidden_size * (3 if model.is_gated else 2)
-    projections = 2 * hidden * (2 * query + key_value + mlp) * seq_length
+    mlps = 2 * sum(mlp_sizes(model, layer).active for layer in range(model.num_layers)) * seq_length
+    projected = model.num_layers * 2 * hidden * (2 * query + key_value) * seq_length
     attention = _attention_core_flops_per_sample(model, seq_length)
-    return model.num_layers * projections + attention, 2 * hidden * model.vocab_size * seq_length
+    return projected + attention + mlps, 2 * hidden * model.vocab_size * seq_length
 
 
 def _attention_core_flops_per_sample(model: ModelConfig, seq_length: int) -> int:
@@ -156,7 +157,9 @@ def layer_activation_bytes(
     (8 of the 24), inputs of activation and second MLP projection (16 of the 24). Normalised queries and keys are kept
     besides the raw ones, a sliding window keeps keys and values repeated for each query head, and norms around 1 keep
     their inputs in fp32. The norms of a parallel residual have one input. Rotary tables and the statistics of norms and
-    attention are left out: about 1 % together.
+    attention are left out: about 1 % together. A layer with experts keeps what an MLP does for each expert that a token
+    is sent to, with input and output of the experts (whole on each tensor-parallel rank), if all experts get equally
+    many tokens; a model that has such layers is taken to have no others.
     """
     tokens = seq_length * microbatch_size
     width = DTYPE_BYTES[precision]
@@ -172,11 +175,16 @@ def layer_activation_bytes(
     if is_windowed and model.attn_logit_softcapping is None and key < query:
         heads += 2 * query
     heads *= model.kv_channels
-    mlp = model.ffn_hidden_size * (3 if model.is_gated else 2)
-    split = width * (heads + mlp)
+    has_experts = num_expert_layers(model) > 0
+    chosen = model.moe_router_topk if has_experts else 0
+    mlp_width = model.ffn_hidden_size
+    if has_experts:
+        mlp_width = chosen * model.moe_ffn_hidden_size + (model.moe_shared_expert_intermediate_size or 0)
+    split = width * (heads + mlp_width * projections(model))
+    dispatched = tokens * width * 2 * chosen * model.hidden_size
     if sequence_parallel:
-        return tokens * (along_hidden + split) // tensor_parallel_size
-    return tokens * (along_hidden + split // tensor_parallel_size)
+        return dispatched + tokens * (along_hidden + split) // tensor_parallel_size
+    return dispatched + tokens * (along_hidden + split // tensor_parallel_size)
 
 
 def stage_activation_bytes(

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 from megagpt.plan.config import ModelConfig, PipelinePartition
+from megagpt.plan.experts import mlp_sizes
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
@@ -23,6 +24,7 @@ def pipeline_stage_bounds(
     partition: PipelinePartition = "uniform",
     tensor_parallel_size: int = 1,
     padded_vocab: int | None = None,
+    expert_parallel_size: int = 1,
 ) -> tuple[int, ...]:
     """Cut the list of pipeline layers into stages.
 
@@ -32,6 +34,7 @@ def pipeline_stage_bounds(
         partition: "uniform", "parameters" or the number of transformer layers of each stage.
         tensor_parallel_size: "parameters" balances what one rank holds.
         padded_vocab: rows of the embedding table over all tensor-parallel ranks; the vocabulary itself by default.
+        expert_parallel_size: as `tensor_parallel_size`.
 
     Returns:
         PP + 1 indices into the list of L + 3 pipeline layers: stage p holds `bounds[p] .. bounds[p + 1] - 1`.
@@ -40,7 +43,11 @@ def pipeline_stage_bounds(
         counts = _uniform_counts(model.num_layers, pipeline_parallel_size)
     elif partition == "parameters":
         sizes = pipeline_layer_parameters(
-            model, pipeline_parallel_size, tensor_parallel_size, padded_vocab or model.vocab_size
+            model,
+            pipeline_parallel_size,
+            tensor_parallel_size,
+            padded_vocab or model.vocab_size,
+            expert_parallel_size,
         )
         counts = balanced_counts(sizes, pipeline_parallel_size)
     else:
@@ -154,18 +161,21 @@ def norms_of_layer(model: ModelConfig) -> int:
     return 4 if model.post_layernorms else 2
 
 
-def transformer_layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
-    """Parameters of one transformer layer on one rank.
+def transformer_layer_parameters(
+    model: ModelConfig, tensor_parallel_size: int = 1, layer: int = 0, expert_parallel_size: int = 1
+) -> int:
+    """Parameters of one transformer layer, counted from 0, on one rank.
 
     Projections into heads and into the MLP are split over tensor-parallel ranks with their biases; projections out
-    of them are split but their biases, like the norms, are replicated.
+    of them are split but their biases, like the norms and routers, are replicated.
     """
     hidden = model.hidden_size
     query = model.num_attention_heads * model.kv_channels
     query_key_value = query + 2 * model.num_query_groups * model.kv_channels
     fc1 = model.ffn_hidden_size * (2 if model.is_gated else 1)
-    split = query_key_value * hidden + query * hidden + fc1 * hidden + model.ffn_hidden_size * hidden
-    replicated = norms_of_layer(model) * norm_parameters(model)
+    mlp = mlp_sizes(model, layer)
+    split = query_key_value * hidden + query * hidden + mlp.dense + mlp.routed // expert_parallel_size
+    replicated = norms_of_layer(model) * norm_parameters(model) + mlp.replicated
     if model.qk_layernorm:
         replicated += 2 * norm_parameters(model, model.kv_channels)
     if model.has_qkv_bias:
@@ -179,12 +189,30 @@ def transformer_layer_parameters(model: ModelConfig, tensor_parallel_size: int =
 def count_parameters(model: ModelConfig) -> int:
     """Exact number of parameters of the model, without padding of the vocabulary."""
     head = model.vocab_size * model.hidden_size if model.untie_embeddings_and_output_weights else 0
-    layers = model.num_layers * transformer_layer_parameters(model)
+    layers = sum(transformer_layer_parameters(model, layer=layer) for layer in range(model.num_layers))
     return embedding_parameters(model, model.vocab_size) + layers + norm_parameters(model) + head
 
 
+def count_active_parameters(model: ModelConfig) -> int:
+    """Parameters that one token meets: of the routed experts only the chosen ones."""
+    sizes = [mlp_sizes(model, layer) for layer in range(model.num_layers)]
+    return count_parameters(model) - sum(mlp.routed - mlp.active_routed for mlp in sizes)
+
+
+def stage_expert_parameters_per_rank(
+    model: ModelConfig, bounds: tuple[int, ...], stage: int, tensor_parallel_size: int, expert_parallel_size: int
+) -> int:
+    """Parameters of routed experts that one rank of a stage holds, before ZeRO shards any."""
+    layers = transformer_layers_of_stage(bounds, stage)
+    return sum(mlp_sizes(model, layer).routed for layer in layers) // (tensor_parallel_size * expert_parallel_size)
+
+
 def pipeline_layer_parameters(
-    model: ModelConfig, pipeline_parallel_size: int, tensor_parallel_size: int, padded_vocab: int
+    model: ModelConfig,
+    pipeline_parallel_size: int,
+    tensor_parallel_size: int,
+    padded_vocab: int,
+    expert_parallel_size: int = 1,
 ) -> list[int]:
     """Parameters that one rank holds of each of the L + 3 pipeline layers, padding included, before ZeRO shards any.
 
@@ -194,15 +222,23 @@ def pipeline_layer_parameters(
     has_head = model.untie_embeddings_and_output_weights or pipeline_parallel_size > 1
     return [
         embedding_parameters(model, vocab_rows),
-        *[transformer_layer_parameters(model, tensor_parallel_size)] * model.num_layers,
+        *(
+            transformer_layer_parameters(model, tensor_parallel_size, layer, expert_parallel_size)
+            for layer in range(model.num_layers)
+        ),
         norm_parameters(model),
         vocab_rows * model.hidden_size if has_head else 0,
     ]
 
 
 def stage_parameters_per_rank(
-    model: ModelConfig, bounds: tuple[int, ...], stage: int, tensor_parallel_size: int, padded_vocab: int
+    model: ModelConfig,
+    bounds: tuple[int, ...],
+    stage: int,
+    tensor_parallel_size: int,
+    padded_vocab: int,
+    expert_parallel_size: int = 1,
 ) -> int:
     """Parameters that one rank of a stage holds, padding included and before ZeRO shards anything."""
-    sizes = pipeline_layer_parameters(model, len(bounds) - 1, tensor_parallel_size, padded_vocab)
+    sizes = pipeline_layer_parameters(model, len(bounds) - 1, tensor_parallel_size, padded_vocab, expert_parallel_size)
     return sum(sizes[bounds[stage] : bounds[stage + 1]])

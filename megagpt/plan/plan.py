@@ -15,10 +15,13 @@ from megagpt.plan.estimates import (
     model_state_bytes,
     stage_activation_bytes,
 )
+from megagpt.plan.expert_rules import check_stages_of_experts
 from megagpt.plan.layout import (
+    count_active_parameters,
     count_parameters,
     padded_vocab_size,
     pipeline_stage_bounds,
+    stage_expert_parameters_per_rank,
     stage_parameters_per_rank,
     transformer_layers_of_stage,
 )
@@ -43,6 +46,8 @@ class Plan:
     pipeline_parallel_size: int
     data_parallel_size: int
     """Ranks that hold the same weights and positions, and see different samples."""
+    expert_parallel_size: int
+    """Data-parallel ranks that share the experts of a layer."""
     microbatch_size: int
     """Samples per micro-batch on one data-parallel rank (of each, a context-parallel rank holds a part)."""
     num_microbatches: int
@@ -66,6 +71,8 @@ class Plan:
     [embedding, transformer layers, final norm, head]."""
     num_parameters: int
     """Parameters of the whole model, without padding."""
+    num_active_parameters: int
+    """Parameters that one token meets: fewer than all if it is sent to some of many experts."""
     flops_per_step: int
     """Model FLOPs of one step over all ranks (recomputation not counted)."""
     hardware_flops_per_step: int
@@ -153,7 +160,10 @@ def make_plan(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> Pl
     # 16-bit sums over many micro-batches lose small gradients, so fp32 unless the JSON asks otherwise
     grad_accum_dtype = deepspeed.grad_accum_dtype or "fp32"
     padded_vocab = padded_vocab_size(model.vocab_size, run.parallel.make_vocab_size_divisible_by, tensor)
-    bounds = pipeline_stage_bounds(model, pipeline, run.parallel.pipeline_partition, tensor, padded_vocab)
+    experts = run.parallel.expert_model_parallel_size
+    bounds = pipeline_stage_bounds(model, pipeline, run.parallel.pipeline_partition, tensor, padded_vocab, experts)
+    if problems := check_stages_of_experts(run, bounds):
+        raise ConfigError(problems)
     return Plan(
         run=run,
         deepspeed=deepspeed,
@@ -162,6 +172,7 @@ def make_plan(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> Pl
         context_parallel_size=context,
         pipeline_parallel_size=pipeline,
         data_parallel_size=data,
+        expert_parallel_size=experts,
         microbatch_size=batch.microbatch_size,
         num_microbatches=batch.num_microbatches,
         global_batch_size=batch.global_batch_size,
@@ -173,6 +184,7 @@ def make_plan(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> Pl
         padded_vocab_size=padded_vocab,
         stage_bounds=bounds,
         num_parameters=count_parameters(model),
+        num_active_parameters=count_active_parameters(model),
         flops_per_step=model_flops_per_step(model, seq_length, batch.global_batch_size),
         hardware_flops_per_step=hardware_flops_per_step(
             model,
@@ -205,16 +217,28 @@ def _estimate_memory(
     """Estimate the bytes on one rank of one pipeline stage."""
     parallel = run.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    states = model_state_bytes(
-        stage_parameters_per_rank(run.model, bounds, stage, tensor, padded_vocab),
-        deepspeed.precision,
-        grad_accum_dtype,
-        zero_stage,
-        gradient_parallel_size,
-        run.optimizer.name,
-        deepspeed.offloads_optimizer,
-        deepspeed.offloads_parameters,
+    experts = parallel.expert_model_parallel_size
+    expert_parameters = stage_expert_parameters_per_rank(run.model, bounds, stage, tensor, experts)
+    parameters = stage_parameters_per_rank(run.model, bounds, stage, tensor, padded_vocab, experts)
+    # ZeRO spreads the experts over the ranks that have the same ones.
+    parts = (
+        (parameters - expert_parameters, gradient_parallel_size),
+        (expert_parameters, gradient_parallel_size // experts),
     )
+    states = [
+        model_state_bytes(
+            count,
+            deepspeed.precision,
+            grad_accum_dtype,
+            zero_stage,
+            ranks,
+            run.optimizer.name,
+            deepspeed.offloads_optimizer,
+            deepspeed.offloads_parameters,
+        )
+        for count, ranks in parts
+    ]
+    weights, gradients, optimizer, host = (sum(sizes) for sizes in zip(*states, strict=True))
     activations = stage_activation_bytes(
         run.model,
         num_stage_layers=len(transformer_layers_of_stage(bounds, stage)),
@@ -228,7 +252,7 @@ def _estimate_memory(
         training=run.training,
         precision=deepspeed.precision,
     )
-    return MemoryEstimate(stage, states.weights, states.gradients, states.optimizer, activations, states.host)
+    return MemoryEstimate(stage, weights, gradients, optimizer, activations, host)
 
 
 def _notes(run: RunConfig, deepspeed: DeepSpeedConfig, batch: Batch) -> list[str]:

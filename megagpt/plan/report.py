@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from megagpt.plan.experts import num_expert_layers
 from megagpt.plan.plan import Plan
 from megagpt.plan.traffic import traffic_per_step
 
@@ -85,15 +86,33 @@ def _model_lines(plan: Plan) -> list[str]:
         f"{name}{plan.num_parameters:,} parameters ({short_count(plan.num_parameters)})",
         f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads of "
         f"{model.kv_channels}{sharing}, MLP {model.ffn_hidden_size} ({model.activation}){window}, {vocabulary}",
+        *_expert_lines(plan),
+    ]
+
+
+def _expert_lines(plan: Plan) -> list[str]:
+    model = plan.model
+    if model.num_experts is None:
+        return []
+    layers = num_expert_layers(model)
+    where = "all layers" if layers == model.num_layers else f"{layers} of {model.num_layers} layers"
+    width = model.moe_shared_expert_intermediate_size
+    shared = f" and a shared one of width {width}" if width else ""
+    active = short_count(plan.num_active_parameters)
+    return [
+        f"{model.num_experts} experts of width {model.moe_ffn_hidden_size}{shared} in {where}, {model.moe_router_topk} "
+        f"per token: {active} parameters are active"
     ]
 
 
 def _layout_lines(plan: Plan) -> list[str]:
     sequence = "; norms and dropouts split along the sequence" if plan.run.parallel.sequence_parallel else ""
     context = f"context {plan.context_parallel_size} x " if plan.context_parallel_size > 1 else ""
+    ways = plan.expert_parallel_size
+    experts = f"; {ways} data-parallel ranks share the experts" if ways > 1 else ""
     return [
         f"{plan.world_size} ranks = tensor {plan.tensor_parallel_size} x {context}"
-        f"pipeline {plan.pipeline_parallel_size} x data {plan.data_parallel_size}{sequence}"
+        f"pipeline {plan.pipeline_parallel_size} x data {plan.data_parallel_size}{sequence}{experts}"
     ]
 
 
@@ -170,7 +189,9 @@ def _sent_bytes(plan: Plan, stage: int) -> dict[str, int]:
 
 
 def _traffic_table(plan: Plan) -> list[str]:
-    """Table of what one rank of each stage sends in one step; nothing for a single rank."""
+    """Table of what one rank of each stage sends in one step; nothing for a single rank, or for models with experts."""
+    if plan.model.num_experts is not None:
+        return []
     rows = [_sent_bytes(plan, stage) for stage in range(plan.pipeline_parallel_size)]
     groups = list(dict.fromkeys(group for row in rows for group in row))
     if not groups:

@@ -7,6 +7,7 @@ from megagpt.errors import ConfigError
 from megagpt.plan.batch import resolve_batch
 from megagpt.plan.config import ModelConfig, RunConfig
 from megagpt.plan.deepspeed_config import DeepSpeedConfig
+from megagpt.plan.expert_rules import check_experts
 from megagpt.plan.recompute import FULL_ONLY_KEYS
 from megagpt.plan.wording import or_list, shown
 from megagpt.plan.zero import check_zero
@@ -23,6 +24,7 @@ def check_all(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> li
         *check_model(run.model),
         *check_tensor_parallel(run),
         *check_context_parallel(run),
+        *check_experts(run, deepspeed, world_size),
         *check_pipeline(run, deepspeed),
         *check_sequence(run),
         *check_recompute(run),

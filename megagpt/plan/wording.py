@@ -23,6 +23,7 @@ DERIVED_KEYS = {
     ("model", "num_query_groups"),
     ("model", "kv_channels"),
     ("model", "ffn_hidden_size"),
+    ("model", "moe_ffn_hidden_size"),
     ("training", "seq_length"),
     ("optimizer", "decay_steps"),
 }

@@ -22,6 +22,11 @@ KINDS = {
     "layers.0.mlp.linear_fc1.weight": Partition(0, gated=True),
     "layers.0.mlp.linear_fc1.bias": Partition(0, gated=True),
     "layers.0.mlp.linear_fc2.weight": Partition(1),
+    "layers.0.mlp.router.weight": Partition(None),
+    "layers.0.mlp.experts.12.linear_fc1.weight": Partition(0, gated=True),
+    "layers.0.mlp.experts.12.linear_fc2.weight": Partition(1),
+    "layers.0.mlp.shared_experts.linear_fc1.weight": Partition(0, gated=True),
+    "layers.0.mlp.shared_experts.gate_weight": Partition(None),
     "layers.0.mlp.linear_fc2.bias": Partition(None),
     "final_norm.weight": Partition(None),
     "head.weight": Partition(0, vocabulary=True),
@@ -37,7 +42,7 @@ def test_each_name_has_its_partition(name, expected):
 
 @pytest.mark.parametrize(
     "name",
-    ["layers.0.mlp.router.weight", "head.bias", "layers.0.mlp.linear_fc3.weight", "my_head.weight", "embedding.weight"],
+    ["layers.0.mlp.router.bias", "head.bias", "layers.0.mlp.linear_fc3.weight", "my_head.weight", "embedding.weight"],
 )
 def test_an_unknown_name_is_refused(name):
     with pytest.raises(AssertionError, match=f"no partition rule for parameter '{name}'"):
@@ -86,6 +91,11 @@ def test_names_become_canonical(name, expected):
     assert canonical_name(name, num_layers=4) == expected
 
 
+def test_experts_are_numbered_over_all_ranks():
+    name = "module.2.block.mlp.experts.local_experts.1.linear_fc2.weight"
+    assert canonical_name(name, num_layers=4, first_expert=6) == "layers.1.mlp.experts.7.linear_fc2.weight"
+
+
 def stage_names(plan) -> tuple[int, set[str], dict[str, tuple[int, ...]]]:
     """This rank's stage, its canonical names, and the shapes of the full tensors."""
     from megagpt.engine import build_engine
@@ -106,7 +116,7 @@ def stage_names(plan) -> tuple[int, set[str], dict[str, tuple[int, ...]]]:
 def test_stages_have_the_names_and_shapes_that_conversion_knows(model):
     from megagpt.convert.canonical import canonical_shapes
 
-    plan = tiny_plan(model, tp=2, pp=2)
+    plan = tiny_plan(model, tp=2, pp=2, sp="num_experts" in MODELS[model])
     expected = canonical_shapes(plan.model)
     results = run_ranks(stage_names, 4, plan)
     assert {name: shape for *_, shapes in results for name, shape in shapes.items()} == expected

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megagpt.plan import load_deepspeed_config, load_preset, make_plan, preset_names, run_config_from_dict
-from megagpt.plan.layout import count_parameters
+from megagpt.plan.layout import count_active_parameters, count_parameters
 
 DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -26,7 +26,10 @@ PUBLISHED_PARAMETERS = {
     "qwen3-0.6b": 596_049_920,
     "qwen3-8b": 8_190_735_360,
     "tinyllama-1.1b": 1_100_048_384,
+    "mixtral-8x7b": 46_702_792_704,
 }
+# Billions of parameters that a token meets, as published: arXiv 2401.04088, table 2.
+ACTIVE = {"mixtral-8x7b": 12.9}
 
 # name: (billions of parameters, TP, PP) in table 1 of arXiv 2104.04473
 SC21 = {
@@ -52,6 +55,11 @@ def run_of(name, tensor=1, pipeline=1):
 @pytest.mark.parametrize(("name", "parameters"), PUBLISHED_PARAMETERS.items())
 def test_exact_parameter_counts(name, parameters):
     assert count_parameters(run_of(name).model) == parameters
+
+
+@pytest.mark.parametrize(("name", "billions"), ACTIVE.items())
+def test_active_parameters(name, billions):
+    assert count_active_parameters(run_of(name).model) / 1e9 == pytest.approx(billions, abs=0.05)
 
 
 @pytest.mark.parametrize("name", SC21)

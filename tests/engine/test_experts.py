@@ -1,0 +1,123 @@
+"""Mixture-of-experts models give one process's curve on every layout, with and without expert parallelism."""
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import ADAM, GLOBAL_BATCH, MICRO_BATCH, SGD, micro_batch, rank_batches, tiny_plan
+
+pytestmark = pytest.mark.usefixtures("libraries")
+
+ALLGATHER = {"parallel": {"moe_token_dispatcher_type": "allgather"}}
+
+
+def reference(plan) -> tuple[list[tuple[float, float]], dict[str, float]]:
+    """Loss and gradient norm per step of a plain torch loop around the same model, and what the routers have seen."""
+    from megagpt.engine.engine import named_parameters
+    from megagpt.model import GPT, initialize_weights, set_auxiliary_loss_scale, take_router_counts
+    from megagpt.optim import build_optimizer
+    from megagpt.parallel.ranks import start_single_process
+
+    ranks = start_single_process()
+    model = GPT(plan)
+    initialize_weights(named_parameters(model, plan), plan, 0)
+    optimizer = build_optimizer(named_parameters(model, plan), plan)
+    set_auxiliary_loss_scale(MICRO_BATCH / GLOBAL_BATCH, ranks.device)
+    curve = []
+    for step in range(plan.run.training.steps):
+        total = 0.0
+        for first in range(0, GLOBAL_BATCH, MICRO_BATCH):
+            loss = model(*micro_batch(step, first, plan.model.vocab_size)) * MICRO_BATCH / GLOBAL_BATCH
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plan.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append((total, norm.item()))
+    counts = take_router_counts(model, plan.model.num_layers, plan.model.num_experts, ranks.device)
+    layers = [layer for layer in range(plan.model.num_layers) if plan.model.has_experts(layer)]
+    load_LE = counts.tokens[layers].double()
+    return curve, {
+        "expert_load_max_over_mean": (load_LE.amax(1) / load_LE.mean(1)).max().item(),
+        "experts_idle": (load_LE == 0).double().mean().item(),
+        "aux_loss": counts.auxiliary_loss[layers].mean().item() / counts.num_microbatches,
+    }
+
+
+def under_deepspeed(plan) -> tuple[list[tuple[float, float]], dict[str, float]]:
+    """The same under DeepSpeed, on this rank."""
+    from megagpt.engine import build_engine
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.parallel.ranks import start_ranks
+
+    ranks = start_ranks(plan, detect_launch())
+    engine = build_engine(plan, ranks)
+    curve = []
+    for step in range(plan.run.training.steps):
+        result = engine.train_step(rank_batches(plan, ranks.data_rank, step), plan.run.optimizer.lr)
+        curve.append((float(result.loss), float(result.grad_norm)))
+    figures = engine.expert_figures()
+    assert engine.expert_figures() == {}, "the counters start again"
+    return curve, figures
+
+
+@pytest.fixture(scope="module")
+def references(libraries):
+    cache = {}
+
+    def get(model, optimizer):
+        key = (model, optimizer["name"])
+        if key not in cache:
+            cache[key] = run_ranks(reference, 1, tiny_plan(model, optimizer))[0]
+        return cache[key]
+
+    return get
+
+
+CASES = [
+    ("mixtral", SGD, {"tp": 2, "sp": True}),
+    ("mixtral", SGD, {"dp": 2, "zero": 3}),
+    ("mixtral", ADAM, {"dp": 2, "ep": 2}),
+    ("mixtral", SGD, {"dp": 2, "ep": 2, "zero": 2, "sections": ALLGATHER}),
+    ("mixtral", SGD, {"dp": 4, "ep": 2, "zero": 2}),
+    ("mixtral", SGD, {"tp": 2, "dp": 2, "ep": 2, "sp": True, "sections": ALLGATHER}),
+    ("shared_expert", SGD, {"pp": 2}),
+    ("shared_expert", ADAM, {"tp": 2, "dp": 2, "ep": 2, "sp": True}),
+    ("shared_expert", SGD, {"pp": 2, "dp": 2, "ep": 2}),
+]
+
+
+def case_id(value) -> str:
+    if isinstance(value, str):
+        return value
+    if "name" in value:
+        return value["name"]
+    return "-".join("allgather" if key == "sections" else f"{key}{size}" for key, size in value.items())
+
+
+@pytest.mark.parametrize(("model", "optimizer", "layout"), CASES, ids=case_id)
+def test_layout_gives_the_single_process_curve(references, model, optimizer, layout):
+    plan = tiny_plan(model, optimizer, **layout)
+    curve, expected_figures = references(model, optimizer)
+    expected_losses, expected_norms = zip(*curve, strict=True)
+    for curve, figures in run_ranks(under_deepspeed, plan.world_size, plan):
+        losses, norms = zip(*curve, strict=True)
+        assert losses == pytest.approx(expected_losses, abs=1e-5)
+        assert norms == pytest.approx(expected_norms, rel=1e-5)
+        assert losses[-1] < losses[0] - 0.15, "the model must learn, or the comparison says little"
+        assert figures == pytest.approx(expected_figures, rel=1e-5)
+        assert figures["expert_load_max_over_mean"] > 1.001, "without imbalance the figure says little"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"dp": 2, "ep": 2, "zero": 2}, {"tp": 2, "dp": 2, "ep": 2, "sp": True}, {"pp": 2, "dp": 2, "ep": 2}],
+    ids=case_id,
+)
+def test_bf16_stays_near_the_fp32_curve(references, layout):
+    plan = tiny_plan("mixtral", ADAM, precision="bf16", **layout)
+    expected_losses, expected_norms = zip(*references("mixtral", ADAM)[0], strict=True)
+    for curve, _ in run_ranks(under_deepspeed, plan.world_size, plan):
+        losses, norms = zip(*curve, strict=True)
+        # bf16 keeps 8 bits: rounding moves a loss near 5 by some hundredths at most
+        assert losses == pytest.approx(expected_losses, abs=0.05)
+        assert norms[0] == pytest.approx(expected_norms[0], rel=0.02)
