@@ -12,6 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 
@@ -89,6 +90,9 @@ class Engine:
         self._wrapped.train()
         total = torch.zeros((), device=self.ranks.device)
         for _ in range(self.plan.num_microbatches):
+            if isinstance(self._wrapped.optimizer, BF16_Optimizer):
+                # They have been added to the fp32 sums; DeepSpeed would keep them through the forward pass as zeros.
+                self._wrapped.optimizer.clear_lp_grads(set_to_none=True)
             loss = self._wrapped(*self._to_device(next(batches)))
             self._wrapped.backward(loss)  # divides by the number of micro-batches
             self._wrapped.step()
@@ -205,6 +209,7 @@ def build_engine(plan: Plan, ranks: Ranks) -> Engine:
         mpu=None if is_pipeline else ranks.mpu,
         dist_init_required=False,
     )
+    skip_reduction_by_one_rank(wrapped)
     return Engine(plan, ranks, module, optimizer, wrapped)
 
 
@@ -241,6 +246,16 @@ class _TiedGradient:
     @property
     def _hp_grad(self) -> Tensor | None:
         return self.weight._hp_grad
+
+
+def skip_reduction_by_one_rank(wrapped: Any) -> None:
+    """Spare the sum of gradients over the data-parallel ranks if each of their groups is a single rank.
+
+    DeepSpeed's bf16 optimizer would join all gradients in one tensor, sum it over the one rank and copy it back.
+    """
+    optimizer = wrapped.optimizer
+    if isinstance(optimizer, BF16_Optimizer) and all(count == 1 for count in optimizer.partition_count):
+        wrapped.enable_backward_allreduce = wrapped.pipeline_enable_backward_allreduce = False
 
 
 class _PlannedPipeline(PipelineModule):
