@@ -24,7 +24,6 @@ from megagpt.model import (
     canonical_name,
     initialize_weights,
     is_partial_over_tensor_ranks,
-    language_model_loss,
     pipeline_layers,
     with_recomputation,
 )
@@ -65,7 +64,8 @@ class Engine:
         self.plan, self.ranks = plan, ranks
         self.parameters = dict(named_parameters(module, plan))
         """This rank's parameters by canonical name."""
-        self._module, self._optimizer, self._wrapped = module, optimizer, wrapped
+        self._module: Any = module
+        self._optimizer, self._wrapped = optimizer, wrapped
         self._is_pipeline = isinstance(module, PipelineModule)
         self._loss_scaler = own_loss_scaler(wrapped.optimizer)
 
@@ -132,9 +132,11 @@ class Engine:
         """
         if self._is_pipeline:
             batch = iter([(tokens_BS, tokens_BS)])
-            _, logits_SBV = self._wrapped.eval_batch(batch, return_logits=True, num_micro_batches=1)
-            if logits_SBV is None:
+            _, hidden_SBH = self._wrapped.eval_batch(batch, return_logits=True, num_micro_batches=1)
+            if hidden_SBH is None:
                 return None
+            with torch.no_grad():
+                logits_SBV = self._module.loss_fn.head(hidden_SBH)
         else:
             self._wrapped.eval()
             with torch.no_grad():
@@ -279,13 +281,25 @@ def _pipeline_module(plan: Plan) -> PipelineModule:
     )
     module = _PlannedPipeline(
         layers=[_layer_spec(layer) for layer in pipeline_layers(plan)],
-        loss_fn=language_model_loss,
         topology=topology,
         partition_method=",".join(map(str, plan.stage_bounds)),
         activation_checkpoint_interval=0,  # DeepSpeed's own would replay other dropout masks
     )
+    if module.stage_id == plan.pipeline_parallel_size - 1:
+        # The head's product is formed with the loss, as it needs the labels. The stage's output is the head's input.
+        module.loss_fn = _HeadAsLoss(module.forward_funcs.pop())
     module.forward_funcs = with_recomputation(module.forward_funcs, plan)
     return module
+
+
+@dataclass(frozen=True)
+class _HeadAsLoss:
+    """The head of the last stage as the loss function of the pipeline."""
+
+    head: nn.Module
+
+    def __call__(self, hidden_SBH: Tensor, labels_BS: Tensor) -> Tensor:
+        return self.head(hidden_SBH, labels_BS=labels_BS)
 
 
 def _layer_spec(layer: PipelineLayer) -> LayerSpec:

@@ -2,7 +2,6 @@
 
 from megagpt.model.gpt import GPT, PipelineLayer, pipeline_layers
 from megagpt.model.initialize import initialize_weights
-from megagpt.model.loss import language_model_loss
 from megagpt.model.norm import is_partial_over_tensor_ranks
 from megagpt.model.partition import Partition, canonical_name, partition_of
 from megagpt.model.recompute import with_recomputation
@@ -14,7 +13,6 @@ __all__ = [
     "canonical_name",
     "initialize_weights",
     "is_partial_over_tensor_ranks",
-    "language_model_loss",
     "partition_of",
     "pipeline_layers",
     "with_recomputation",
