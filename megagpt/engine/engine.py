@@ -20,7 +20,9 @@ from megagpt.engine.fragments import Fragment, local_fragments
 from megagpt.engine.loss_scale import own_loss_scaler
 from megagpt.model import (
     GPT,
+    Head,
     PipelineLayer,
+    TiedHead,
     canonical_name,
     initialize_weights,
     is_partial_over_tensor_ranks,
@@ -132,11 +134,11 @@ class Engine:
         """
         if self._is_pipeline:
             batch = iter([(tokens_BS, tokens_BS)])
-            _, hidden_SBH = self._wrapped.eval_batch(batch, return_logits=True, num_micro_batches=1)
-            if hidden_SBH is None:
+            _, prepared = self._wrapped.eval_batch(batch, return_logits=True, num_micro_batches=1)
+            if prepared is None:
                 return None
             with torch.no_grad():
-                logits_SBV = self._module.loss_fn.head(hidden_SBH)
+                logits_SBV = self._module.loss_fn.logits(prepared)
         else:
             self._wrapped.eval()
             with torch.no_grad():
@@ -286,20 +288,32 @@ def _pipeline_module(plan: Plan) -> PipelineModule:
         activation_checkpoint_interval=0,  # DeepSpeed's own would replay other dropout masks
     )
     if module.stage_id == plan.pipeline_parallel_size - 1:
-        # The head's product is formed with the loss, as it needs the labels. The stage's output is the head's input.
-        module.loss_fn = _HeadAsLoss(module.forward_funcs.pop())
+        module.loss_fn = _HeadAsLoss(module.forward_funcs[-1])
+        module.forward_funcs[-1] = module.loss_fn.prepare
     module.forward_funcs = with_recomputation(module.forward_funcs, plan)
     return module
 
 
 @dataclass(frozen=True)
 class _HeadAsLoss:
-    """The head of the last stage as the loss function of the pipeline."""
+    """The head of the last stage as the loss function of the pipeline: its product is formed with the loss, as that
+    needs the labels."""
 
-    head: nn.Module
+    head: Head | TiedHead
 
-    def __call__(self, hidden_SBH: Tensor, labels_BS: Tensor) -> Tensor:
-        return self.head(hidden_SBH, labels_BS=labels_BS)
+    def prepare(self, hidden_SBH: Tensor) -> tuple[Tensor, Tensor]:
+        """What the stage gives: the head's input, and its weight too. DeepSpeed clears the 16-bit gradients when the
+        backward pass arrives at the stage's outputs, so no weight may get its gradient before."""
+        weight = self.head.projection_weight
+        return hidden_SBH, weight.view_as(weight)
+
+    def __call__(self, prepared: tuple[Tensor, Tensor], labels_BS: Tensor) -> Tensor:
+        hidden_SBH, weight = prepared
+        return self.head.projection(hidden_SBH, weight, labels_BS)
+
+    def logits(self, prepared: tuple[Tensor, Tensor]) -> Tensor:
+        """[S, B, V / TP]."""
+        return self.head.projection(*prepared)
 
 
 def _layer_spec(layer: PipelineLayer) -> LayerSpec:

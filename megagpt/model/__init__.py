@@ -2,14 +2,17 @@
 
 from megagpt.model.gpt import GPT, PipelineLayer, pipeline_layers
 from megagpt.model.initialize import initialize_weights
+from megagpt.model.layers import Head, TiedHead
 from megagpt.model.norm import is_partial_over_tensor_ranks
 from megagpt.model.partition import Partition, canonical_name, partition_of
 from megagpt.model.recompute import with_recomputation
 
 __all__ = [
     "GPT",
+    "Head",
     "Partition",
     "PipelineLayer",
+    "TiedHead",
     "canonical_name",
     "initialize_weights",
     "is_partial_over_tensor_ranks",

@@ -117,6 +117,16 @@ class Head(ColumnParallelLinear):
             logits_SBV[..., self.num_real_tokens :] = float("-inf")
         return logits_SBV
 
+    @property
+    def projection(self) -> "Head":
+        """What multiplies, as in `TiedHead`."""
+        return self
+
+    @property
+    def projection_weight(self) -> Tensor:
+        """[V / TP, H]."""
+        return self.weight
+
     def _loss(self, hidden_SBH: Tensor, weight: Tensor, labels_BS: Tensor) -> Tensor:
         if self.sequence_parallel:
             hidden_SBH = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH)
@@ -147,3 +157,8 @@ class TiedHead(nn.Module):
     def forward(self, hidden_SBH: Tensor, labels_BS: Tensor | None = None) -> Tensor:
         """[S, B, H] -> logits [S, B, V / TP]; with labels [B, S] -> their mean cross-entropy, a scalar in fp32."""
         return self.projection(hidden_SBH, self.word_embeddings.weight, labels_BS)
+
+    @property
+    def projection_weight(self) -> Tensor:
+        """[V / TP, H]."""
+        return self.word_embeddings.weight
