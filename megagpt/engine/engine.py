@@ -12,6 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 
@@ -21,11 +22,12 @@ from megagpt.engine.loss_scale import own_loss_scaler
 from megagpt.errors import ConfigError
 from megagpt.model import (
     GPT,
+    Head,
     PipelineLayer,
+    TiedHead,
     canonical_name,
     initialize_weights,
     is_partial_over_tensor_ranks,
-    language_model_loss,
     pipeline_layers,
     set_auxiliary_loss_scale,
     with_recomputation,
@@ -67,7 +69,8 @@ class Engine:
         self.plan, self.ranks = plan, ranks
         self.parameters = dict(named_parameters(module, plan, ranks.expert_rank))
         """This rank's parameters by canonical name."""
-        self._module, self._optimizer, self._wrapped = module, optimizer, wrapped
+        self._module: Any = module
+        self._optimizer, self._wrapped = optimizer, wrapped
         self._is_pipeline = isinstance(module, PipelineModule)
         self._loss_scaler = own_loss_scaler(wrapped.optimizer)
 
@@ -102,6 +105,9 @@ class Engine:
         self._wrapped.train()
         total = torch.zeros((), device=self.ranks.device)
         for _ in range(self.plan.num_microbatches):
+            if isinstance(self._wrapped.optimizer, BF16_Optimizer):
+                # They have been added to the fp32 sums; DeepSpeed would keep them through the forward pass as zeros.
+                self._wrapped.optimizer.clear_lp_grads(set_to_none=True)
             loss = self._wrapped(*self._to_device(next(batches)))
             self._wrapped.backward(loss)  # divides by the number of micro-batches
             self._wrapped.step()
@@ -146,9 +152,11 @@ class Engine:
         """
         if self._is_pipeline:
             batch = iter([self._positions((tokens_BS, tokens_BS))])
-            _, logits_SBV = self._wrapped.eval_batch(batch, return_logits=True, num_micro_batches=1)
-            if logits_SBV is None:
+            _, prepared = self._wrapped.eval_batch(batch, return_logits=True, num_micro_batches=1)
+            if prepared is None:
                 return None
+            with torch.no_grad():
+                logits_SBV = self._module.loss_fn.logits(prepared)
         else:
             self._wrapped.eval()
             with torch.no_grad():
@@ -249,6 +257,7 @@ def build_engine(plan: Plan, ranks: Ranks) -> Engine:
         mpu=None if is_pipeline else ranks.mpu,
         dist_init_required=False,
     )
+    skip_reduction_by_one_rank(wrapped)
     return Engine(plan, ranks, module, optimizer, wrapped)
 
 
@@ -287,6 +296,16 @@ class _TiedGradient:
         return self.weight._hp_grad
 
 
+def skip_reduction_by_one_rank(wrapped: Any) -> None:
+    """Spare the sum of gradients over the data-parallel ranks if each of their groups is a single rank.
+
+    DeepSpeed's bf16 optimizer would join all gradients in one tensor, sum it over the one rank and copy it back.
+    """
+    optimizer = wrapped.optimizer
+    if isinstance(optimizer, BF16_Optimizer) and all(count == 1 for count in optimizer.partition_count):
+        wrapped.enable_backward_allreduce = wrapped.pipeline_enable_backward_allreduce = False
+
+
 class _PlannedPipeline(PipelineModule):
     """PipelineModule with the Plan's stage bounds in place of DeepSpeed's own partitioning, and with tied gradients
     where ZeRO 1 keeps them: if it accumulates in another type than the weights', `weight.grad` is None, and the engine
@@ -309,13 +328,37 @@ def _pipeline_module(plan: Plan) -> PipelineModule:
     )
     module = _PlannedPipeline(
         layers=[_layer_spec(layer) for layer in pipeline_layers(plan)],
-        loss_fn=language_model_loss,
         topology=topology,
         partition_method=",".join(map(str, plan.stage_bounds)),
         activation_checkpoint_interval=0,  # DeepSpeed's own would replay other dropout masks
     )
+    if module.stage_id == plan.pipeline_parallel_size - 1:
+        module.loss_fn = _HeadAsLoss(module.forward_funcs[-1])
+        module.forward_funcs[-1] = module.loss_fn.prepare
     module.forward_funcs = with_recomputation(module.forward_funcs, plan)
     return module
+
+
+@dataclass(frozen=True)
+class _HeadAsLoss:
+    """The head of the last stage as the loss function of the pipeline: its product is formed with the loss, as that
+    needs the labels."""
+
+    head: Head | TiedHead
+
+    def prepare(self, hidden_SBH: Tensor) -> tuple[Tensor, Tensor]:
+        """What the stage gives: the head's input, and its weight too. DeepSpeed clears the 16-bit gradients when the
+        backward pass arrives at the stage's outputs, so no weight may get its gradient before."""
+        weight = self.head.projection_weight
+        return hidden_SBH, weight.view_as(weight)
+
+    def __call__(self, prepared: tuple[Tensor, Tensor], labels_BS: Tensor) -> Tensor:
+        hidden_SBH, weight = prepared
+        return self.head.projection(hidden_SBH, weight, labels_BS)
+
+    def logits(self, prepared: tuple[Tensor, Tensor]) -> Tensor:
+        """[S, B, V / TP]."""
+        return self.head.projection(*prepared)
 
 
 def _layer_spec(layer: PipelineLayer) -> LayerSpec:

@@ -3,20 +3,21 @@
 from megagpt.model.experts import expert_parameters, set_auxiliary_loss_scale, take_router_counts
 from megagpt.model.gpt import GPT, PipelineLayer, pipeline_layers
 from megagpt.model.initialize import initialize_weights
-from megagpt.model.loss import language_model_loss
+from megagpt.model.layers import Head, TiedHead
 from megagpt.model.norm import is_partial_over_tensor_ranks
 from megagpt.model.partition import Partition, canonical_name, partition_of
 from megagpt.model.recompute import with_recomputation
 
 __all__ = [
     "GPT",
+    "Head",
     "Partition",
     "PipelineLayer",
+    "TiedHead",
     "canonical_name",
     "expert_parameters",
     "initialize_weights",
     "is_partial_over_tensor_ranks",
-    "language_model_loss",
     "partition_of",
     "pipeline_layers",
     "set_auxiliary_loss_scale",

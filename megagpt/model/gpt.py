@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from megagpt.model.layers import Embedding, Head, Layer, TiedHead
-from megagpt.model.loss import language_model_loss
 from megagpt.model.norm import Norm
 from megagpt.model.recompute import with_recomputation
 from megagpt.model.rotary import build_rotary
@@ -74,5 +73,4 @@ class GPT(nn.Module):
         hidden_SBH = self.embedding(tokens_BS)
         for run in self._runs:
             hidden_SBH = run(hidden_SBH)
-        logits_SBV = self.head(self.final_norm(hidden_SBH))
-        return logits_SBV if labels_BS is None else language_model_loss(logits_SBV, labels_BS)
+        return self.head(self.final_norm(hidden_SBH), labels_BS=labels_BS)

@@ -1,4 +1,5 @@
-"""The pipeline layers: embedding, transformer layer, head. Each takes one tensor and gives one tensor.
+"""The pipeline layers: embedding, transformer layer, head. Each takes one tensor and gives one tensor (the head takes
+labels too when it is to give the loss).
 
 Shapes: B micro-batch, S sequence (this context-parallel rank's part of it), H hidden size, V padded vocabulary / TP.
 Between layers flows [S, B, H], or [S / TP, B, H] under sequence parallelism.
@@ -19,6 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megagpt.model.activation import GatedActivation
+from megagpt.model.loss import head_loss
 from megagpt.model.norm import Norm
 from megagpt.model.transformer_config import layer_spec
 from megagpt.plan import Plan
@@ -153,8 +155,10 @@ class Head(ColumnParallelLinear):
         self.softcap = plan.model.final_logit_softcapping
         self.num_real_tokens = min(max(plan.model.vocab_size - first_token, 0), shard)
 
-    def forward(self, hidden_SBH: Tensor, weight: Tensor | None = None) -> Tensor:
-        """[S, B, H] -> [S, B, V / TP]."""
+    def forward(self, hidden_SBH: Tensor, weight: Tensor | None = None, labels_BS: Tensor | None = None) -> Tensor:
+        """[S, B, H] -> logits [S, B, V / TP]; with labels [B, S] -> their mean cross-entropy, a scalar in fp32."""
+        if labels_BS is not None:
+            return self._loss(hidden_SBH, self.weight if weight is None else weight, labels_BS)
         logits_SBV = super().forward(hidden_SBH, weight=weight)[0]
         if self.softcap is not None:
             logits_SBV = torch.tanh(logits_SBV / self.softcap) * self.softcap
@@ -162,6 +166,23 @@ class Head(ColumnParallelLinear):
             # In place: no second copy of the logits. exp(-inf) is 0, so neither loss nor sampling sees the padding.
             logits_SBV[..., self.num_real_tokens :] = float("-inf")
         return logits_SBV
+
+    @property
+    def projection(self) -> "Head":
+        """What multiplies, as in `TiedHead`."""
+        return self
+
+    @property
+    def projection_weight(self) -> Tensor:
+        """[V / TP, H]."""
+        return self.weight
+
+    def _loss(self, hidden_SBH: Tensor, weight: Tensor, labels_BS: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            hidden_SBH = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH)
+        else:
+            hidden_SBH = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SBH)
+        return head_loss(hidden_SBH.flatten(0, 1), weight, labels_BS.t().flatten(), self.num_real_tokens, self.softcap)
 
 
 class TiedHead(nn.Module):
@@ -183,6 +204,11 @@ class TiedHead(nn.Module):
         self.word_embeddings = word_embeddings
         self.projection = Head(config, plan, has_weight=False)
 
-    def forward(self, hidden_SBH: Tensor) -> Tensor:
-        """[S, B, H] -> [S, B, V / TP]."""
-        return self.projection(hidden_SBH, self.word_embeddings.weight)
+    def forward(self, hidden_SBH: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """[S, B, H] -> logits [S, B, V / TP]; with labels [B, S] -> their mean cross-entropy, a scalar in fp32."""
+        return self.projection(hidden_SBH, self.word_embeddings.weight, labels_BS)
+
+    @property
+    def projection_weight(self) -> Tensor:
+        """[V / TP, H]."""
+        return self.word_embeddings.weight

@@ -1,22 +1,127 @@
-"""Next-token loss on logits that are cut along the vocabulary."""
+"""Head and next-token loss as one: the logits exist for a chunk of the tokens at a time, and never twice.
+
+The gradients of the hidden states and of the head's weight are formed with the loss, chunk by chunk, as the logits are
+still there (the idea of Hsu et al. 2024, "Liger Kernel", section 3.2), here with the vocabulary cut over the
+tensor-parallel ranks and in plain torch.
+
+Shapes: T tokens, H hidden size, V padded vocabulary / TP.
+"""
 
 import torch
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SMALLEST_CHUNK_BYTES = 64 << 20
 
 
-def language_model_loss(logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Mean cross-entropy of all tokens of a micro-batch, in fp32.
+def head_loss(
+    hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, num_real_tokens: int, softcap: float | None = None
+) -> Tensor:
+    """Mean cross-entropy of the next tokens, in fp32.
 
     Args:
-        logits_SBV: [S, B, V / TP], this rank's part of the padded vocabulary, padding at -inf.
-        labels_BS: [B, S], token ids.
+        hidden_TH: [T, H], the same on all tensor-parallel ranks; its gradient is this rank's share of a sum.
+        weight_VH: [V, H], this rank's rows of the head's weight.
+        labels_T: [T], token ids.
+        num_real_tokens: rows of the weight that are no padding.
+        softcap: c of the soft cap c tanh(logits / c), if there is one.
 
     Returns:
         Scalar; equal on all tensor-parallel ranks.
     """
-    # Megatron-Core subtracts the maximum in place. Without gradients the caller may want the logits too (the probe of a
-    # checkpoint), so they must not be the same tensor, as they would be in fp32.
-    logits_SBV = logits_SBV.to(torch.float32, copy=not torch.is_grad_enabled())
-    losses_SB = vocab_parallel_cross_entropy(logits_SBV, labels_BS.transpose(0, 1).contiguous())
-    return torch.mean(losses_SB)
+    needs_gradients = torch.is_grad_enabled() and (hidden_TH.requires_grad or weight_VH.requires_grad)
+    return _HeadLoss.apply(hidden_TH, weight_VH, labels_T, num_real_tokens, softcap, needs_gradients)
+
+
+def chunk_size(num_tokens: int, vocabulary: int, hidden_size: int) -> int:
+    """Tokens per chunk: as many as make the chunk's logits as large as the weight's gradient, which is held anyway, or
+    64 MiB in fp32; then all chunks nearly equal."""
+    largest = max(hidden_size, SMALLEST_CHUNK_BYTES // (4 * vocabulary), 1)
+    num_chunks = -(-num_tokens // largest)
+    return -(-num_tokens // num_chunks)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Keeps the gradients for a loss of weight 1 in place of the logits; the backward pass only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        labels_T: Tensor,
+        num_real_tokens: int,
+        softcap: float | None,
+        needs_gradients: bool,
+    ) -> Tensor:
+        num_tokens = hidden_TH.shape[0]
+        # Softmax minus one-hot has entries down to 0 and up to 1, its products sums over all tokens: a power of two
+        # between the two keeps both within fp16, and changes no digit.
+        scale = 2.0 ** -(num_tokens.bit_length() // 2)
+        first_token = parallel_state.get_tensor_model_parallel_rank() * weight_VH.shape[0]
+        grad_hidden_TH = torch.empty_like(hidden_TH) if needs_gradients else None
+        grad_weight_VH: Tensor | None = None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
+        size = chunk_size(num_tokens, *weight_VH.shape)
+        for start in range(0, num_tokens, size):
+            chunk_CH = hidden_TH[start : start + size]
+            logits_CV = (chunk_CH @ weight_VH.t()).float()
+            if softcap is not None:
+                bent_CV = logits_CV.div_(softcap).tanh_()
+                logits_CV = bent_CV * softcap
+            logits_CV[:, num_real_tokens:] = float("-inf")
+            losses_C, grad_CV = _cross_entropy(logits_CV, labels_T[start : start + size] - first_token, scale)
+            total += losses_C.sum()
+            if grad_hidden_TH is None:
+                continue
+            if softcap is not None:
+                grad_CV *= 1 - bent_CV**2
+            grad_CV = grad_CV.to(weight_VH.dtype)
+            grad_hidden_TH[start : start + size] = grad_CV @ weight_VH
+            if ctx.needs_input_grad[1]:
+                product_VH = grad_CV.t() @ chunk_CH
+                grad_weight_VH = product_VH.float() if grad_weight_VH is None else grad_weight_VH.add_(product_VH)
+        ctx.gradients = grad_hidden_TH, grad_weight_VH
+        ctx.scale, ctx.dtype = 1 / (scale * num_tokens), weight_VH.dtype
+        return total / num_tokens
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+        grad_hidden_TH, grad_weight_VH = ctx.gradients
+        ctx.gradients = None  # scaled in place, so good for one backward pass
+        factor = grad_loss * ctx.scale
+        # In fp32: a 16-bit product would round the factor first.
+        grad_hidden_TH = (grad_hidden_TH.float() * factor).to(grad_hidden_TH.dtype)
+        if grad_weight_VH is not None:
+            grad_weight_VH = grad_weight_VH.mul_(factor).to(ctx.dtype)
+        return grad_hidden_TH, grad_weight_VH, None, None, None, None
+
+
+def _cross_entropy(logits_CV: Tensor, labels_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Losses [C], and `scale` x their gradients in the place of the logits [C, V].
+
+    Args:
+        logits_CV: fp32, this rank's part of the vocabulary, padding at -inf; overwritten.
+        labels_C: token ids counted from this rank's first; those outside belong to other ranks.
+        scale: factor of the gradients.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
+    is_mine_C = (labels_C >= 0) & (labels_C < logits_CV.shape[1])
+    columns_C1 = torch.where(is_mine_C, labels_C, 0).unsqueeze(1)
+    largest_C = logits_CV.amax(1)
+    if is_split:
+        dist.all_reduce(largest_C, op=dist.ReduceOp.MAX, group=group)
+    logits_CV -= largest_C.unsqueeze(1)
+    label_logits_C = torch.where(is_mine_C, logits_CV.gather(1, columns_C1).squeeze(1), 0.0)
+    exponentials_CV = logits_CV.exp_()
+    sums_2C = torch.stack((exponentials_CV.sum(1), label_logits_C))
+    if is_split:
+        dist.all_reduce(sums_2C, group=group)
+    normalisers_C, label_logits_C = sums_2C
+    gradients_CV = exponentials_CV.mul_((scale / normalisers_C).unsqueeze(1))
+    gradients_CV.scatter_add_(1, columns_C1, -scale * is_mine_C.to(torch.float32).unsqueeze(1))
+    return normalisers_C.log() - label_logits_C, gradients_CV

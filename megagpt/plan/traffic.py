@@ -106,7 +106,7 @@ def _tensor_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
         # and Megatron-Core keeps only its part of the input, so it gathers that again for the weight's gradient.
         yield transfer("layers", "all_gather", 2 * forwards + 4 * layers)
         yield transfer("layers", "reduce_scatter", 2 * forwards + 2 * layers)
-        yield transfer("head", "all_gather", 2 * last)
+        yield transfer("head", "all_gather", 1 * last)
         yield transfer("head", "reduce_scatter", 1 * last)
     else:
         yield transfer("layers", "all_reduce", 2 * forwards + 2 * layers)

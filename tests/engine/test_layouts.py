@@ -213,3 +213,32 @@ def test_bf16_stays_near_the_fp32_curve(references, layout):
         losses, _ = zip(*curve, strict=True)
         # bf16 keeps 8 bits: rounding moves a loss near 5 by some hundredths at most
         assert losses == pytest.approx(expected_losses, abs=0.05)
+
+
+def reductions_by_one_rank(plan) -> tuple[int, bool]:
+    """All-reduces of gradient size in one step of a single rank, and whether its 16-bit gradients outlive the step."""
+    import torch.distributed as dist
+
+    from megagpt.engine import build_engine
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.parallel.ranks import start_ranks
+
+    ranks = start_ranks(plan, detect_launch())
+    engine = build_engine(plan, ranks)
+    largest = max(parameter.numel() for parameter in engine.parameters.values())
+    reduce, sizes = dist.all_reduce, []
+
+    def counted(tensor, *args, **kwargs):
+        sizes.append(tensor.numel())
+        return reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    engine.train_step(rank_batches(plan, 0, 0), plan.run.optimizer.lr)
+    return sum(size > largest for size in sizes), any(p.grad is not None for p in engine.parameters.values())
+
+
+def test_one_rank_sums_its_gradients_with_nobody(libraries):
+    for precision in ("bf16", "fp32"):
+        ((joined, kept),) = run_ranks(reductions_by_one_rank, 1, tiny_plan("llama", ADAM, precision=precision))
+        assert joined == 0, "all gradients in one tensor"
+        assert not kept

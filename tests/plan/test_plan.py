@@ -98,6 +98,18 @@ def test_engine_config_for_sgd_and_sequence_parallelism():
     assert "zero_allow_untested_optimizer" not in plain
 
 
+def test_gradients_that_one_rank_has_by_itself_are_not_collected():
+    fp32 = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2}
+
+    def zero(world_size: int, **section) -> dict:
+        plan = plan_of({**fp32, "zero_optimization": {"stage": 1, **section}}, world_size)
+        return plan.engine_config()["zero_optimization"]
+
+    assert zero(4) == {"stage": 1, "contiguous_gradients": False, "reduce_bucket_size": 1}
+    assert zero(4, reduce_bucket_size=7)["reduce_bucket_size"] == 7, "the user's word"
+    assert zero(8) == {"stage": 1}, "two data-parallel ranks"
+
+
 def test_few_micro_batches_are_noted():
     raw = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "bf16": {"enabled": True}}
     (note,) = [note for note in plan_of(raw).notes if "idles" in note]
