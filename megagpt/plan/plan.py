@@ -285,7 +285,8 @@ def _notes(run: RunConfig, deepspeed: DeepSpeedConfig, batch: Batch) -> list[str
             "((p-1)/(m+p-1)); a larger train_batch_size or a smaller micro-batch shrinks the bubble"
         )
     training = run.training
-    if training.recompute_granularity == "selective" and not run.model.attention_dropout:
+    fused = not run.model.attention_dropout and run.model.attn_logit_softcapping is None
+    if training.recompute_granularity == "selective" and fused:
         notes.append(
             "training.recompute_granularity=selective saves next to nothing where attention runs in a fused kernel, "
             "which keeps no sequence x sequence matrix; full saves most"

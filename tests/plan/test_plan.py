@@ -117,6 +117,17 @@ def test_few_micro_batches_are_noted():
     assert not any("idles" in note for note in plan_of().notes)
 
 
+def test_selective_recomputation_is_advised_against_where_attention_is_fused():
+    def advised(model=None) -> bool:
+        run = {"model": {**MODEL, **(model or {})}, "training": {"steps": 10, "recompute_granularity": "selective"}}
+        plan = make_plan(run_config_from_dict(run), deepspeed_config_from_dict(RAW), 1)
+        return any("selective saves next to nothing" in note for note in plan.notes)
+
+    assert advised()
+    assert not advised({"attention_dropout": 0.1})
+    assert not advised({"attn_logit_softcapping": 50.0})
+
+
 def test_no_framework_is_imported():
     code = "import sys, megagpt.plan; print(*sorted({'torch', 'deepspeed', 'megatron', 'numpy'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
