@@ -90,6 +90,11 @@ def _check_tensor_parallel(run: RunConfig) -> list[str]:
             "parallel.sequence_parallel=true, so that each rank routes its own tokens (Megatron-Core refuses it "
             "otherwise); set it to true"
         )
+    if run.parallel.context_parallel_size > 1:
+        problems.append(
+            f"parallel.context_parallel_size={run.parallel.context_parallel_size} does not go with "
+            "model.num_experts yet: the load-balancing loss would be weighted wrongly; use context_parallel_size=1"
+        )
     return problems
 
 

@@ -36,6 +36,7 @@ def expert_parallel(ways, tensor=1, pipeline=1):
         (sections(moe_shared_expert_gate=True), {}, 1, "set model.moe_shared_expert_intermediate_size"),
         (sections(expert_parallel(1, 3)), {}, 3, "moe_ffn_hidden_size=32 is not divisible by"),
         (sections({"tensor_model_parallel_size": 2}), {}, 2, "needs parallel.sequence_parallel=true"),
+        (sections({"context_parallel_size": 2}), {}, 2, "use context_parallel_size=1"),
         (sections(expert_parallel(3)), {}, 3, "parallel.expert_model_parallel_size=3; use 1, 2, 4 or 8"),
         (sections(expert_parallel(4)), {}, 6, "the data-parallel size 6 (6 ranks / 1) is not divisible by"),
         (sections(expert_parallel(4)), {}, 6, "as data-parallel ranks share the experts; use 1 or 2"),
