@@ -101,7 +101,7 @@ def _read_lines(
     end = stop if stop >= 0 else float("inf")
     with decompressed(source) as (file, raw):
         # The line that begins before `start` belongs to the part before.
-        offset = _skip_to_line_start(file, start) if start else 0
+        offset = _skip_to_line_start(file, start, end) if start else 0
         read_to = raw.tell() if source.compression else 0
         number = 0
         while offset < end and (line := file.readline(LONG_BYTES)):
@@ -126,11 +126,12 @@ def _read_lines(
                     yield Document((), size, locate, fault)
 
 
-def _skip_to_line_start(file: BinaryIO, start: int) -> int:
-    """Go to the first line that starts at byte `start` or later; returns where that is."""
+def _skip_to_line_start(file: BinaryIO, start: int, end: float) -> int:
+    """Go to the first line that starts at byte `start` or later; returns where that is (from `end` on: not here)."""
     file.seek(start - 1)
     offset = start - 1
-    while line := file.readline(_CHUNK_BYTES):
+    # Many parts may lie inside of one long line; none may read to its end.
+    while offset < end and (line := file.readline(_CHUNK_BYTES)):
         offset += len(line)
         if line.endswith(b"\n"):
             break

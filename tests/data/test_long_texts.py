@@ -113,7 +113,7 @@ def byte_level_codec(folder):
 
 CODECS = {
     "bpe": sentencepiece_codec,
-    "unigram": lambda folder: sentencepiece_codec(folder, 310, model_type="unigram"),
+    "unigram": lambda folder: sentencepiece_codec(folder, 317, model_type="unigram"),
     "dummy prefix": dummy_prefix_codec,
     "byte level": byte_level_codec,
 }

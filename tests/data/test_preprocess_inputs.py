@@ -234,3 +234,13 @@ def test_names_that_stand_for_nothing_or_twice(tokenizer, tmp_path):
     for keys in ([], ["text", "text"]):
         with pytest.raises(DataError, match="text keys"):
             preprocess([tmp_path / "a.jsonl"], tmp_path / "d", tokenizer.path, text_keys=keys)
+
+
+def test_parts_inside_of_a_long_line_read_no_further_than_their_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "_CHUNK_BYTES", 100)
+    (tmp_path / "in.jsonl").write_bytes(b'{"text": "' + b"x" * 100_000 + b'"}\n')
+    with (tmp_path / "in.jsonl").open("rb") as file:
+        assert 2000 <= documents._skip_to_line_start(file, 1000, 2000) < 2200
+        assert file.tell() < 2200
+    (source,) = documents.find_inputs([tmp_path / "in.jsonl"])
+    assert list(documents.read_documents(source, 1000, 2000, ["text"])) == []
