@@ -29,7 +29,6 @@ from megagpt.plan.nearest import nearest_layout
 from megagpt.plan.recompute import recomputed_layers
 from megagpt.plan.rules import check_all
 
-_OFFLOADS = {"offload_optimizer", "cpu_offload", "zenflow"}
 NEVER = 1 << 60  # steps between DeepSpeed's own progress lines: ours replace them
 
 
@@ -126,15 +125,15 @@ class Plan:
         zero = config.setdefault("zero_optimization", {})
         zero["stage"] = self.zero_stage
         alone = self.world_size == self.tensor_parallel_size * self.pipeline_parallel_size
-        if alone and self.zero_stage == 1 and self.precision != "bf16" and not zero.keys() & _OFFLOADS:
-            # No other rank to sum gradients with, so no need to collect them first: spares two copies of them all
-            # (DeepSpeed's bf16 optimizer has no such buckets).
+        if alone and self.zero_stage == 1 and self.precision == "fp32" and not self.deepspeed.offloads_optimizer:
+            # No other rank to sum gradients with, so no need to collect them first: spares two copies of them all.
             zero.setdefault("contiguous_gradients", False)
             zero.setdefault("reduce_bucket_size", 1)
         config.setdefault("data_types", {})["grad_accum_dtype"] = self.grad_accum_dtype
         if self.precision == "bf16" and self.zero_stage == 1 and self.grad_accum_dtype == "fp32":
             # each bf16 gradient is added to the fp32 sum at once and freed, not kept until the step (2 bytes more)
-            config.setdefault("bf16", {}).setdefault("immediate_grad_update", True)
+            name = "bfloat16" if "bfloat16" in config else "bf16"  # both at once would contradict each other
+            config.setdefault(name, {}).setdefault("immediate_grad_update", True)
         if self.deepspeed.offloads_optimizer:
             # torch's optimizer steps on the host too; DeepSpeed's own would be compiled first
             config["zero_force_ds_cpu_optimizer"] = False
