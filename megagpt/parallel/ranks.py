@@ -259,11 +259,16 @@ def _join_groups(tensor_size: int, context_size: int, pipeline_size: int, expert
     return ranks
 
 
-def stop_ranks() -> None:
-    """Leave the process groups; without it a rank can abort at exit and turn a success into a failure."""
+def release_groups() -> None:
+    """Forget the layout, so that `start_ranks` can give the same processes another one."""
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+def stop_ranks() -> None:
+    """Leave the process groups; without it a rank can abort at exit and turn a success into a failure."""
+    release_groups()
     if dist.is_initialized():
         dist.destroy_process_group()

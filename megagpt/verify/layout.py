@@ -1,0 +1,111 @@
+"""Verify a layout: shrink it, run it on local processes and in one process, and compare."""
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megagpt.parallel.console import muted
+from megagpt.parallel.local_ranks import run_ranks
+from megagpt.plan import Plan, deepspeed_config_from_dict, make_plan, run_config_from_dict
+from megagpt.verify.shrink import MAX_RANKS, shrink
+
+if TYPE_CHECKING:
+    from megagpt.verify.verdicts import Verdict
+
+
+@dataclass(frozen=True)
+class Report:
+    """Verdicts on one layout."""
+
+    changes: tuple[str, ...]
+    """How the verified run differs from the run that was asked about."""
+    runs: "dict[str, list[Verdict]]"
+    """Verdicts by run: one exact, one as configured."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every verdict is good."""
+        return all(verdict.passed for verdicts in self.runs.values() for verdict in verdicts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        runs = {title: [verdict.as_dict() for verdict in verdicts] for title, verdicts in self.runs.items()}
+        return {"passed": self.passed, "changes": list(self.changes), "runs": runs}
+
+    def text(self) -> str:
+        """A table for people, 100 columns wide."""
+        lines = [*self.changes]
+        for title, verdicts in self.runs.items():
+            lines += ["", title]
+            for verdict in verdicts:
+                word = "ok" if verdict.passed else "WRONG"
+                numbers = f"{verdict.difference:>9.1e} <= {verdict.bound:<7.1e}"
+                lines.append(f"  {word:<6}{verdict.quantity:<31}{numbers}  {verdict.detail}")
+        lines += ["", "the layout trains the model of one process" if self.passed else "THE LAYOUT IS WRONG"]
+        return "\n".join(lines).lstrip()
+
+
+def verify_layout(plan: Plan, steps: int = 20, max_ranks: int = MAX_RANKS) -> Report:
+    """Verify the layout of a run on CPU processes of this host.
+
+    Args:
+        plan: the run, of any size.
+        steps: updates to compare.
+        max_ranks: processes that may be started.
+
+    Raises:
+        ConfigError: the layout cannot be shrunk to `max_ranks`, or the shrunk one breaks a rule.
+        RankFailedError: a rank failed.
+    """
+    small = shrink(plan, steps, max_ranks)
+    plans = {f"exact: {_kind(small.exact)}": small.exact, f"as configured: {_kind(small.configured)}": small.configured}
+    import_libraries()
+    from megagpt.verify.measure import measure_references, measure_runs
+    from megagpt.verify.verdicts import judge
+
+    (references,) = run_ranks(measure_references, 1, [single_plan(plan) for plan in plans.values()], timeout=600)
+    by_rank = run_ranks(measure_runs, small.exact.world_size, list(plans.values()), timeout=600)
+    runs = {
+        title: judge(variant, [measurements[index] for measurements in by_rank], references[index])
+        for index, (title, variant) in enumerate(plans.items())
+    }
+    return Report(small.changes, runs)
+
+
+def _kind(plan: Plan) -> str:
+    return f"{plan.precision}, {plan.run.optimizer.name}, ZeRO {plan.zero_stage}"
+
+
+def single_plan(plan: Plan) -> Plan:
+    """The same model, samples and updates for one rank in fp32."""
+    tree = plan.run.model_dump(mode="json")
+    for key, value in tree["parallel"].items():
+        if key.endswith("_parallel_size"):
+            tree["parallel"][key] = 1
+        elif key == "sequence_parallel":
+            tree["parallel"][key] = False
+        elif isinstance(value, list):
+            tree["parallel"][key] = "uniform"
+    tree["training"] |= {"recompute_granularity": "none", "distribute_saved_activations": False}
+    tree["training"] |= {"offload_saved_activations": False}
+    raw = {
+        "train_batch_size": plan.global_batch_size,
+        "train_micro_batch_size_per_gpu": plan.microbatch_size,
+        "gradient_clipping": plan.gradient_clipping,
+    }
+    return make_plan(run_config_from_dict(tree), deepspeed_config_from_dict(raw), 1)
+
+
+def import_libraries() -> None:
+    """Import torch, DeepSpeed and Megatron-Core for the CPU, once for all ranks that are forked from this process."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # forked processes could not use a GPU
+    with muted(verbose=False):
+        import torch
+
+        torch.set_num_threads(1)
+        from megagpt.parallel.without_cuda import prepare_deepspeed, support_hosts_without_cuda
+
+        prepare_deepspeed()
+        support_hosts_without_cuda()
+        import megagpt.verify.measure  # noqa: F401
