@@ -5,7 +5,7 @@ from typing import Any
 
 from megagpt.plan.experts import num_expert_layers
 from megagpt.plan.plan import Plan
-from megagpt.plan.traffic import traffic_per_step
+from megagpt.plan.traffic import is_traffic_foretold, traffic_per_step
 
 GIB = 1 << 30
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "total")
@@ -44,7 +44,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             {"stage": estimate.stage, **{part: getattr(estimate, part) for part in (*MEMORY_PARTS, "host")}}
             for estimate in plan.memory_per_stage
         ],
-        "sent_per_stage": [_sent_bytes(plan, stage) for stage in range(plan.pipeline_parallel_size)],
+        "sent_per_stage": _sent_per_stage(plan) if is_traffic_foretold(plan) else None,
         "notes": list(plan.notes),
         "run": plan.run.model_dump(mode="json"),
         "engine_config": plan.engine_config(),
@@ -188,11 +188,13 @@ def _sent_bytes(plan: Plan, stage: int) -> dict[str, int]:
     return {group: round(size) for group, size in sent.items()}
 
 
+def _sent_per_stage(plan: Plan) -> list[dict[str, int]]:
+    return [_sent_bytes(plan, stage) for stage in range(plan.pipeline_parallel_size)]
+
+
 def _traffic_table(plan: Plan) -> list[str]:
-    """Table of what one rank of each stage sends in one step; nothing for a single rank, or for models with experts."""
-    if plan.model.num_experts is not None:
-        return []
-    rows = [_sent_bytes(plan, stage) for stage in range(plan.pipeline_parallel_size)]
+    """Table of what one rank of each stage sends in one step; nothing for a single rank, or if it is not foretold."""
+    rows = _sent_per_stage(plan) if is_traffic_foretold(plan) else []
     groups = list(dict.fromkeys(group for row in rows for group in row))
     if not groups:
         return []

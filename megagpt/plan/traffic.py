@@ -66,13 +66,19 @@ class Transfer:
         return RING_FACTORS[self.collective](self.size) * self.payload
 
 
+def is_traffic_foretold(plan: Plan) -> bool:
+    """Whether `traffic_per_step` covers the model: not yet one with experts."""
+    return plan.model.num_experts is None
+
+
 def traffic_per_step(plan: Plan, stage: int) -> tuple[Transfer, ...]:
     """Everything that a rank of one pipeline stage sends in one step, scalars left out; groups of one rank too.
 
     Args:
-        plan: the layout.
+        plan: the layout, one of those that `is_traffic_foretold` knows.
         stage: 0 ... pipeline size - 1.
     """
+    assert is_traffic_foretold(plan)
     transfers = [
         *_tensor_parallel(plan, stage),
         *_context_parallel(plan, stage),

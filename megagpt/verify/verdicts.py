@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megagpt.model import partition_of
-from megagpt.plan import Plan, traffic_per_step
+from megagpt.plan import Plan, is_traffic_foretold, traffic_per_step
 from megagpt.verify.measure import RankMeasurement, Reference
 
 TRAFFIC_BOUND = 0.01
@@ -82,7 +82,7 @@ def judge(plan: Plan, ranks: Sequence[RankMeasurement], reference: Reference) ->
         _weights(plan, shards, reference, bounds.weights),
         _copies(plan, ranks, shards),
         *_tied(plan, ranks, shards),
-        *_traffic(plan, ranks),
+        *(_traffic(plan, ranks) if is_traffic_foretold(plan) else ()),
     ]
 
 
