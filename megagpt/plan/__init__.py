@@ -21,7 +21,6 @@ __all__ = [
     "deepspeed_config_from_dict",
     "describe",
     "is_traffic_foretold",
-    "is_traffic_foretold",
     "load_deepspeed_config",
     "load_preset",
     "load_run_config",

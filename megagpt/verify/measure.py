@@ -10,7 +10,7 @@ from megagpt.data.loader import train_batches
 from megagpt.data.samples import SampleStream
 from megagpt.engine import build_engine
 from megagpt.engine.engine import named_parameters
-from megagpt.model import GPT, initialize_weights, partition_of
+from megagpt.model import GPT, initialize_weights, partition_of, set_auxiliary_loss_scale
 from megagpt.optim import build_optimizer
 from megagpt.parallel.accounting import count_traffic
 from megagpt.parallel.launch import detect_launch
@@ -155,6 +155,7 @@ def _reference(plan: Plan) -> Reference:
     )
     for group in optimizer.param_groups:
         group["lr"] = plan.run.optimizer.lr
+    set_auxiliary_loss_scale(1 / plan.num_microbatches, torch.device("cpu"))
     limit = plan.gradient_clipping or float("inf")
     losses, norms = [], []
     for _ in range(plan.run.training.steps):
