@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SMALLEST_CHUNK_BYTES = 64 << 20
+from megagpt.plan.estimates import SMALLEST_CHUNK_BYTES, head_chunk_tokens
 
 
 def head_loss(
@@ -33,14 +33,6 @@ def head_loss(
     """
     needs_gradients = torch.is_grad_enabled() and (hidden_TH.requires_grad or weight_VH.requires_grad)
     return _HeadLoss.apply(hidden_TH, weight_VH, labels_T, num_real_tokens, softcap, needs_gradients)
-
-
-def chunk_size(num_tokens: int, vocabulary: int, hidden_size: int) -> int:
-    """Tokens per chunk: as many as make the chunk's logits as large as the weight's gradient, which is held anyway, or
-    64 MiB in fp32; then all chunks nearly equal."""
-    largest = max(hidden_size, SMALLEST_CHUNK_BYTES // (4 * vocabulary), 1)
-    num_chunks = -(-num_tokens // largest)
-    return -(-num_tokens // num_chunks)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -64,7 +56,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden_TH = torch.empty_like(hidden_TH) if needs_gradients else None
         grad_weight_VH: Tensor | None = None
         total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
-        size = chunk_size(num_tokens, *weight_VH.shape)
+        size = head_chunk_tokens(num_tokens, *weight_VH.shape)
         for start in range(0, num_tokens, size):
             chunk_CH = hidden_TH[start : start + size]
             logits_CV = (chunk_CH @ weight_VH.t()).float()
@@ -82,7 +74,10 @@ class _HeadLoss(torch.autograd.Function):
             grad_hidden_TH[start : start + size] = grad_CV @ weight_VH
             if ctx.needs_input_grad[1]:
                 product_VH = grad_CV.t() @ chunk_CH
-                grad_weight_VH = product_VH.float() if grad_weight_VH is None else grad_weight_VH.add_(product_VH)
+                if size == num_tokens:  # nothing to add up, so no fp32 copy of what may be the largest matrix
+                    grad_weight_VH = product_VH
+                else:
+                    grad_weight_VH = product_VH.float() if grad_weight_VH is None else grad_weight_VH.add_(product_VH)
         ctx.gradients = grad_hidden_TH, grad_weight_VH
         ctx.scale, ctx.dtype = 1 / (scale * num_tokens), weight_VH.dtype
         return total / num_tokens
@@ -93,11 +88,17 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden_TH, grad_weight_VH = ctx.gradients
         ctx.gradients = None  # scaled in place, so good for one backward pass
         factor = grad_loss * ctx.scale
-        # In fp32: a 16-bit product would round the factor first.
-        grad_hidden_TH = (grad_hidden_TH.float() * factor).to(grad_hidden_TH.dtype)
+        _scale(grad_hidden_TH, factor)
         if grad_weight_VH is not None:
-            grad_weight_VH = grad_weight_VH.mul_(factor).to(ctx.dtype)
+            _scale(grad_weight_VH, factor)
+            grad_weight_VH = grad_weight_VH.to(ctx.dtype)
         return grad_hidden_TH, grad_weight_VH, None, None, None, None
+
+
+def _scale(matrix: Tensor, factor: Tensor) -> None:
+    """Multiply in place, some rows at a time, in fp32: a 16-bit product would round the factor first."""
+    for rows in matrix.split(max(SMALLEST_CHUNK_BYTES // (4 * matrix.shape[1]), 1)):
+        rows.copy_(rows.float() * factor)
 
 
 def _cross_entropy(logits_CV: Tensor, labels_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:

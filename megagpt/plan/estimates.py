@@ -16,6 +16,8 @@ from megagpt.plan.layout import norms_of_layer
 from megagpt.plan.recompute import layer_runs
 
 DTYPE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+SMALLEST_CHUNK_BYTES = 64 << 20
+"""Logits of the head that may always exist at once."""
 
 
 @dataclass(frozen=True)
@@ -205,9 +207,9 @@ def stage_activation_bytes(
 
     Under 1F1B, stage p of P keeps `min(P - p, micro-batches)` micro-batches. A recomputed run of layers keeps its
     input only (`2 s b h`, table 2; less if that is split over tensor-parallel ranks or offloaded), and the longest run
-    is expanded once. Recomputing the attention core only keeps as much as a fused kernel does. The head adds its fp32
-    logits (`4 s b V / t`), and the bent ones of a soft cap. Under context parallelism s is a rank's part of the
-    sequence.
+    is expanded once. Recomputing the attention core only keeps as much as a fused kernel does. The head adds a chunk of
+    its fp32 logits at a time, twice with a soft cap, and in 16 bit the fp32 sum of its weight's gradient over chunks.
+    Under context parallelism s is a rank's part of the sequence.
     """
     layer = layer_activation_bytes(
         model, seq_length, microbatch_size, tensor_parallel_size, sequence_parallel, precision
@@ -221,6 +223,27 @@ def stage_activation_bytes(
     runs = layer_runs(training, num_stage_layers)
     per_microbatch = sum(run_input if run.is_recomputed else run.num_layers * layer for run in runs)
     expanded = max((run.num_layers * layer for run in runs if run.is_recomputed), default=0)
-    per_logit = 4 + (DTYPE_BYTES[precision] if model.final_logit_softcapping is not None else 0)
-    logits = per_logit * tokens * padded_vocab_size // tensor_parallel_size if has_head else 0
-    return microbatches_in_flight * per_microbatch + expanded + logits
+    head = 0
+    if has_head:
+        vocabulary = padded_vocab_size // tensor_parallel_size
+        copies = 1 if model.final_logit_softcapping is None else 2
+        chunk = head_chunk_tokens(tokens, vocabulary, model.hidden_size)
+        summed = model.hidden_size if chunk < tokens and precision != "fp32" else 0
+        head = 4 * vocabulary * (copies * chunk + summed)
+    return microbatches_in_flight * per_microbatch + expanded + head
+
+
+def head_chunk_tokens(num_tokens: int, vocabulary: int, hidden_size: int) -> int:
+    """Tokens whose logits exist at a time.
+
+    As many as make their fp32 logits as large as the gradient of the head's weight, which is held anyway, or 64 MiB;
+    then all chunks nearly equal.
+
+    Args:
+        num_tokens: tokens of a micro-batch on this rank.
+        vocabulary: rows of the head's weight on this rank.
+        hidden_size: columns of it.
+    """
+    largest = max(hidden_size, SMALLEST_CHUNK_BYTES // (4 * vocabulary), 1)
+    num_chunks = -(-num_tokens // largest)
+    return -(-num_tokens // num_chunks)

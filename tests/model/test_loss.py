@@ -38,7 +38,7 @@ def found(
     from megagpt.parallel.launch import detect_launch
     from megagpt.parallel.ranks import start_ranks, start_single_process
 
-    module.chunk_size = lambda *_: tokens_per_chunk
+    module.head_chunk_tokens = lambda *_: tokens_per_chunk
     ranks = start_ranks(tiny_plan(tp=2), detect_launch()) if tensor_size > 1 else start_single_process()
     hidden, weight, labels = example(dtype)
     rows = PADDED // tensor_size
@@ -81,17 +81,18 @@ def test_logits_may_be_soft_capped():
     assert largest_difference(results, torch.float32, softcap=4.0) < 1e-6
 
 
+@pytest.mark.parametrize("tokens_per_chunk", [TOKENS, 16])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
-def test_in_16_bit_only_rounding_differs(dtype, limit):
-    assert largest_difference(run_ranks(found, 1, dtype, 16), dtype) < limit
+def test_in_16_bit_only_rounding_differs(dtype, limit, tokens_per_chunk):
+    assert largest_difference(run_ranks(found, 1, dtype, tokens_per_chunk), dtype) < limit
 
 
 def test_logits_never_exist_in_whole():
-    from megagpt.model.loss import SMALLEST_CHUNK_BYTES, chunk_size
+    from megagpt.plan.estimates import SMALLEST_CHUNK_BYTES, head_chunk_tokens
 
-    assert chunk_size(100, 1000, 64) == 100
+    assert head_chunk_tokens(100, 1000, 64) == 100
     for tokens, vocabulary, hidden in [(8192, 128256, 4096), (4096, 32000, 768), (7, 10**9, 1)]:
-        size = chunk_size(tokens, vocabulary, hidden)
+        size = head_chunk_tokens(tokens, vocabulary, hidden)
         assert 4 * size * vocabulary <= max(SMALLEST_CHUNK_BYTES, 4 * vocabulary * hidden)
         assert size < tokens
 
@@ -102,7 +103,7 @@ def test_memory_is_that_of_a_chunk():
     from megagpt.parallel.ranks import start_single_process
 
     start_single_process()
-    module.chunk_size = lambda *_: 8
+    module.head_chunk_tokens = lambda *_: 8
     hidden, weight = torch.randn(512, 16, requires_grad=True), torch.randn(1024, 16, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
