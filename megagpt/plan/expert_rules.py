@@ -2,7 +2,7 @@
 
 from megagpt.plan.config import ModelConfig, RunConfig
 from megagpt.plan.deepspeed_config import DeepSpeedConfig
-from megagpt.plan.layout import transformer_layers_of_stage
+from megagpt.plan.layout import divisors, transformer_layers_of_stage
 from megagpt.plan.wording import or_list
 
 
@@ -15,11 +15,6 @@ def check_experts(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -
     if run.model.num_experts is None:
         return _check_dense(run)
     problems = [*_check_architecture(run.model), *_check_tensor_parallel(run)]
-    context = run.parallel.context_parallel_size
-    if context > 1:
-        problems.append(
-            f"parallel.context_parallel_size={context} with model.num_experts is not supported; set it to 1"
-        )
     if run.parallel.expert_model_parallel_size > 1:
         problems += [*_check_expert_parallel(run, world_size), *_check_zero(run, deepspeed)]
     return problems
@@ -82,7 +77,7 @@ def _check_tensor_parallel(run: RunConfig) -> list[str]:
         if width is not None and width % tensor:
             problems.append(
                 f"model.{key}={width} is not divisible by parallel.tensor_model_parallel_size={tensor}; use "
-                f"{or_list(_divisors(width))}"
+                f"{or_list(divisors(width))}"
             )
     if tensor > 1 and not run.parallel.sequence_parallel:
         problems.append(
@@ -106,7 +101,7 @@ def _check_expert_parallel(run: RunConfig, world_size: int) -> list[str]:
     if experts % ways:
         problems.append(
             f"model.num_experts={experts} is not divisible by parallel.expert_model_parallel_size={ways}; use "
-            f"{or_list(_divisors(experts))}"
+            f"{or_list(divisors(experts))}"
         )
     unit = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     data = world_size // unit
@@ -114,7 +109,7 @@ def _check_expert_parallel(run: RunConfig, world_size: int) -> list[str]:
         problems.append(
             f"the data-parallel size {data} ({world_size} ranks / {unit}) is not divisible by "
             f"parallel.expert_model_parallel_size={ways}, as data-parallel ranks share the experts; use "
-            f"{or_list(n for n in _divisors(data) if experts % n == 0)}"
+            f"{or_list(n for n in divisors(data) if experts % n == 0)}"
         )
     return problems
 
@@ -158,7 +153,3 @@ def _check_zero(run: RunConfig, deepspeed: DeepSpeedConfig) -> list[str]:
                 "gradients of different experts; remove it"
             )
     return problems
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -6,10 +6,16 @@ A model is a list of L + 3 pipeline layers: [embedding, L transformer layers, fi
 import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from megagpt.plan.config import ModelConfig, PipelinePartition
 from megagpt.plan.experts import mlp_sizes
+
+
+def divisors(number: int) -> Iterable[int]:
+    """All divisors, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 
 from megagpt.plan.config import RunConfig
 from megagpt.plan.deepspeed_config import DeepSpeedConfig
-from megagpt.plan.rules import check_all, check_batch, divisors
+from megagpt.plan.layout import divisors
+from megagpt.plan.rules import check_all, check_batch
 
 SIZES = (
     "tensor_model_parallel_size",

@@ -124,8 +124,12 @@ class Plan:
         }
         zero = config.setdefault("zero_optimization", {})
         zero["stage"] = self.zero_stage
-        alone = self.world_size == self.tensor_parallel_size * self.pipeline_parallel_size
-        if alone and self.zero_stage == 1 and self.precision == "fp32" and not self.deepspeed.offloads_optimizer:
+        if (
+            self.gradient_parallel_size == 1
+            and self.zero_stage == 1
+            and self.precision == "fp32"
+            and not self.deepspeed.offloads_optimizer
+        ):
             # No other rank to sum gradients with, so no need to collect them first: spares two copies of them all.
             zero.setdefault("contiguous_gradients", False)
             zero.setdefault("reduce_bucket_size", 1)

@@ -1,13 +1,13 @@
 """Rules that span sections or files. Each function returns one sentence per broken rule, with the fix."""
 
 import math
-from collections.abc import Iterable
 
 from megagpt.errors import ConfigError
 from megagpt.plan.batch import resolve_batch
 from megagpt.plan.config import ModelConfig, RunConfig
 from megagpt.plan.deepspeed_config import DeepSpeedConfig
 from megagpt.plan.expert_rules import check_experts
+from megagpt.plan.layout import divisors
 from megagpt.plan.recompute import FULL_ONLY_KEYS
 from megagpt.plan.wording import or_list, shown
 from megagpt.plan.zero import check_zero
@@ -326,9 +326,3 @@ def check_deepspeed(run: RunConfig, deepspeed: DeepSpeedConfig) -> list[str]:
                     "remove it"
                 )
     return problems
-
-
-def divisors(number: int) -> Iterable[int]:
-    """All divisors, ascending."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})

@@ -1,12 +1,13 @@
 """What a run does, as seen by its ranks, and what the same run does in one process with a plain torch loop."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from megagpt.data.loader import train_batches
+from megagpt.data.loader import MicroBatch, train_batches
 from megagpt.data.samples import SampleStream
 from megagpt.engine import build_engine
 from megagpt.engine.engine import named_parameters
@@ -96,14 +97,7 @@ def measure_runs(plans: list[Plan]) -> list[RankMeasurement]:
 def measure_run(plan: Plan, ranks: Ranks) -> RankMeasurement:
     """Train and note what happens. Collective."""
     engine = build_engine(plan, ranks)
-    batches = train_batches(
-        sample_stream(plan),
-        first_sample=0,
-        global_batch_size=plan.global_batch_size,
-        microbatch_size=plan.microbatch_size,
-        data_parallel_rank=ranks.data_rank,
-        data_parallel_size=ranks.data_size,
-    )
+    batches = _batches(plan, ranks.data_rank, ranks.data_size)
     losses, norms = [], []
     with count_traffic(ranks) as traffic:
         for _ in range(plan.run.training.steps):
@@ -145,14 +139,7 @@ def _reference(plan: Plan) -> Reference:
     initialize_weights(named_parameters(model, plan), plan, 0)
     optimizer = build_optimizer(named_parameters(model, plan), plan)
     first = _weights(model, plan)
-    batches = train_batches(
-        sample_stream(plan),
-        first_sample=0,
-        global_batch_size=plan.global_batch_size,
-        microbatch_size=plan.microbatch_size,
-        data_parallel_rank=0,
-        data_parallel_size=1,
-    )
+    batches = _batches(plan, 0, 1)
     for group in optimizer.param_groups:
         group["lr"] = plan.run.optimizer.lr
     set_auxiliary_loss_scale(1 / plan.num_microbatches, torch.device("cpu"))
@@ -171,6 +158,18 @@ def _reference(plan: Plan) -> Reference:
     last = _weights(model, plan)
     distance = float(np.sqrt(sum(np.square(last[name] - first[name]).sum() for name in last)))
     return Reference(losses, norms, last, distance)
+
+
+def _batches(plan: Plan, data_rank: int, data_size: int) -> Iterator[MicroBatch]:
+    """One data-parallel rank's micro-batches, from the first sample on."""
+    return train_batches(
+        sample_stream(plan),
+        first_sample=0,
+        global_batch_size=plan.global_batch_size,
+        microbatch_size=plan.microbatch_size,
+        data_parallel_rank=data_rank,
+        data_parallel_size=data_size,
+    )
 
 
 def _weights(model: GPT, plan: Plan) -> dict[str, np.ndarray]:

@@ -1,9 +1,9 @@
 """Mixture-of-experts models give one process's curve on every layout, with and without expert parallelism."""
 
 import pytest
-import torch
+from curves import train_plainly, train_under_deepspeed
 from ranks import run_ranks
-from tiny import ADAM, GLOBAL_BATCH, MICRO_BATCH, SGD, micro_batch, rank_batches, tiny_plan
+from tiny import ADAM, SGD, tiny_plan
 
 pytestmark = pytest.mark.usefixtures("libraries")
 
@@ -12,27 +12,11 @@ ALLGATHER = {"parallel": {"moe_token_dispatcher_type": "allgather"}}
 
 def reference(plan) -> tuple[list[tuple[float, float]], dict[str, float]]:
     """Loss and gradient norm per step of a plain torch loop around the same model, and what the routers have seen."""
-    from megagpt.engine.engine import named_parameters
-    from megagpt.model import GPT, initialize_weights, set_auxiliary_loss_scale, take_router_counts
-    from megagpt.optim import build_optimizer
+    from megagpt.model import take_router_counts
     from megagpt.parallel.ranks import start_single_process
 
     ranks = start_single_process()
-    model = GPT(plan)
-    initialize_weights(named_parameters(model, plan), plan, 0)
-    optimizer = build_optimizer(named_parameters(model, plan), plan)
-    set_auxiliary_loss_scale(MICRO_BATCH / GLOBAL_BATCH, ranks.device)
-    curve = []
-    for step in range(plan.run.training.steps):
-        total = 0.0
-        for first in range(0, GLOBAL_BATCH, MICRO_BATCH):
-            loss = model(*micro_batch(step, first, plan.model.vocab_size)) * MICRO_BATCH / GLOBAL_BATCH
-            loss.backward()
-            total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plan.gradient_clipping)
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append((total, norm.item()))
+    curve, model = train_plainly(plan)
     counts = take_router_counts(model, plan.model.num_layers, plan.model.num_experts, ranks.device)
     layers = [layer for layer in range(plan.model.num_layers) if plan.model.has_experts(layer)]
     load_LE = counts.tokens[layers].double()
@@ -45,16 +29,7 @@ def reference(plan) -> tuple[list[tuple[float, float]], dict[str, float]]:
 
 def under_deepspeed(plan) -> tuple[list[tuple[float, float]], dict[str, float]]:
     """The same under DeepSpeed, on this rank."""
-    from megagpt.engine import build_engine
-    from megagpt.parallel.launch import detect_launch
-    from megagpt.parallel.ranks import start_ranks
-
-    ranks = start_ranks(plan, detect_launch())
-    engine = build_engine(plan, ranks)
-    curve = []
-    for step in range(plan.run.training.steps):
-        result = engine.train_step(rank_batches(plan, ranks.data_rank, step), plan.run.optimizer.lr)
-        curve.append((float(result.loss), float(result.grad_norm)))
+    curve, engine = train_under_deepspeed(plan)
     figures = engine.expert_figures()
     assert engine.expert_figures() == {}, "the counters start again"
     return curve, figures

@@ -3,16 +3,14 @@
 import json
 
 import pytest
-import torch
+from curves import Curve, train_plainly, train_under_deepspeed
 from ranks import run_ranks
-from tiny import ADAM, GLOBAL_BATCH, MICRO_BATCH, SGD, micro_batch, rank_batches, tiny_plan
+from tiny import ADAM, SGD, rank_batches, tiny_plan
 
 pytestmark = pytest.mark.usefixtures("libraries")
 
 LAYOUTS_PER_PROCESS = 6
 """Starting a set of processes takes longer than a layout's steps; but one that fails takes its companions along."""
-Curve = list[tuple[float, float]]
-"""Loss and gradient norm of each step."""
 
 
 def reference_curves(plans) -> list[Curve]:
@@ -24,25 +22,7 @@ def reference_curves(plans) -> list[Curve]:
 
 
 def reference_curve(plan) -> Curve:
-    from megagpt.engine.engine import named_parameters
-    from megagpt.model import GPT, initialize_weights
-    from megagpt.optim import build_optimizer
-
-    model = GPT(plan)
-    initialize_weights(named_parameters(model, plan), plan, 0)
-    optimizer = build_optimizer(named_parameters(model, plan), plan)
-    curve = []
-    for step in range(plan.run.training.steps):
-        total = 0.0
-        for first in range(0, GLOBAL_BATCH, MICRO_BATCH):
-            loss = model(*micro_batch(step, first, plan.model.vocab_size)) * MICRO_BATCH / GLOBAL_BATCH
-            loss.backward()
-            total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plan.gradient_clipping)
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append((total, norm.item()))
-    return curve
+    return train_plainly(plan)[0]
 
 
 def engine_curves(plans) -> list[Curve]:
@@ -57,17 +37,7 @@ def engine_curves(plans) -> list[Curve]:
 
 
 def engine_curve(plan) -> Curve:
-    from megagpt.engine import build_engine
-    from megagpt.parallel.launch import detect_launch
-    from megagpt.parallel.ranks import start_ranks
-
-    ranks = start_ranks(plan, detect_launch())
-    engine = build_engine(plan, ranks)
-    curve = []
-    for step in range(plan.run.training.steps):
-        result = engine.train_step(rank_batches(plan, ranks.data_rank, step), plan.run.optimizer.lr)
-        curve.append((float(result.loss), float(result.grad_norm)))
-    return curve
+    return train_under_deepspeed(plan)[0]
 
 
 # Models besides those of tiny.py: the model that they change, and how.
