@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from megagpt.parallel.console import muted
 from megagpt.parallel.local_ranks import run_ranks
-from megagpt.plan import Plan, deepspeed_config_from_dict, is_traffic_foretold, make_plan, run_config_from_dict
+from megagpt.plan import Plan, is_traffic_foretold
 from megagpt.verify.shrink import MAX_RANKS, shrink
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def verify_layout(plan: Plan, steps: int = 20, max_ranks: int = MAX_RANKS) -> Re
     from megagpt.verify.measure import measure_references, measure_runs
     from megagpt.verify.verdicts import judge
 
-    (references,) = run_ranks(measure_references, 1, [single_plan(plan) for plan in plans.values()], timeout=600)
+    (references,) = run_ranks(measure_references, 1, list(plans.values()), timeout=600)
     by_rank = run_ranks(measure_runs, small.exact.world_size, list(plans.values()), timeout=600)
     runs = {
         title: judge(variant, [measurements[index] for measurements in by_rank], references[index])
@@ -75,26 +75,6 @@ def verify_layout(plan: Plan, steps: int = 20, max_ranks: int = MAX_RANKS) -> Re
 
 def _kind(plan: Plan) -> str:
     return f"{plan.precision}, {plan.run.optimizer.name}, ZeRO {plan.zero_stage}"
-
-
-def single_plan(plan: Plan) -> Plan:
-    """The same model, samples and updates for one rank in fp32."""
-    tree = plan.run.model_dump(mode="json")
-    for key, value in tree["parallel"].items():
-        if key.endswith("_parallel_size"):
-            tree["parallel"][key] = 1
-        elif key == "sequence_parallel":
-            tree["parallel"][key] = False
-        elif isinstance(value, list):
-            tree["parallel"][key] = "uniform"
-    tree["training"] |= {"recompute_granularity": "none", "distribute_saved_activations": False}
-    tree["training"] |= {"offload_saved_activations": False}
-    raw = {
-        "train_batch_size": plan.global_batch_size,
-        "train_micro_batch_size_per_gpu": plan.microbatch_size,
-        "gradient_clipping": plan.gradient_clipping,
-    }
-    return make_plan(run_config_from_dict(tree), deepspeed_config_from_dict(raw), 1)
 
 
 def import_libraries() -> None:

@@ -1,11 +1,15 @@
 """What a run does, as seen by its ranks, and what the same run does in one process with a plain torch loop."""
 
+import dataclasses
 import hashlib
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from megagpt.data.loader import MicroBatch, train_batches
 from megagpt.data.samples import SampleStream
@@ -17,6 +21,7 @@ from megagpt.parallel.accounting import count_traffic
 from megagpt.parallel.launch import detect_launch
 from megagpt.parallel.ranks import Ranks, release_groups, start_ranks, start_single_process
 from megagpt.plan import Plan
+from megagpt.verify.shrink import single_plan
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,21 @@ class RankMeasurement:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """How far a run is from another one."""
+
+    loss: float
+    """Largest difference of a step's loss, in nats per token."""
+    norm: float
+    """Largest relative difference of a step's gradient norm."""
+    weights: float
+    """2-norm of the difference of all weights after the last update, relative to that of what the updates changed."""
+
+
+NO_DIFFERENCE = Difference(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
 class Reference:
     """What one process did."""
 
@@ -59,22 +79,28 @@ class Reference:
     """Parameters after the last update by canonical name, vocabulary not padded."""
     distance: float
     """2-norm of what all updates together changed."""
+    rounding: Difference = NO_DIFFERENCE
+    """How far one process itself is off: of a run in fp32 the distance from fp64, of one in 16 bits that from fp32."""
 
 
 class _Progressions:
-    """A text of arithmetic progressions, some hundred tokens each, as a source of samples: learnable at once."""
+    """A text of arithmetic progressions, some hundred tokens each, as a source of samples: learnable at once.
+
+    Of a large vocabulary it uses some hundred tokens, spread over all of it.
+    """
 
     prefix = "synthetic"
     length = 320
 
     def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
+        self.spacing = max(vocab_size // 300, 1)
+        self.num_tokens = vocab_size // self.spacing
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop - 1."""
         positions = np.arange(start, stop)
         piece = positions // self.length
-        return (piece * 7919 + positions * (1 + piece % 4)) % self.vocab_size
+        return (piece * 7919 + positions * (1 + piece % 4)) % self.num_tokens * self.spacing
 
 
 def sample_stream(plan: Plan) -> SampleStream:
@@ -125,39 +151,121 @@ def measure_run(plan: Plan, ranks: Ranks) -> RankMeasurement:
 
 
 def measure_references(plans: list[Plan]) -> list[Reference]:
-    """The same models, samples and optimizers in this one process, without DeepSpeed.
+    """The same models, samples and optimizers in this one process, in fp32 and without DeepSpeed.
 
     Args:
-        plans: for one rank and in fp32.
+        plans: any layouts.
     """
     start_single_process()
-    return [_reference(plan) for plan in plans]
+    return [_measure_reference(plan) for plan in plans]
 
 
-def _reference(plan: Plan) -> Reference:
+def _measure_reference(plan: Plan) -> Reference:
+    single = single_plan(plan)
+    reference = _run(single, torch.float32)
+    if plan.precision == "fp32":
+        others = [_run_in_fp64(single)]
+    else:
+        # Samples are cut into micro-batches in other ways: the same mathematics, rounded otherwise. The load-balancing
+        # loss is taken per micro-batch, so that it would be other mathematics.
+        sizes = [plan.microbatch_size, 1, plan.global_batch_size]
+        sizes = list(dict.fromkeys(sizes))[: 1 if plan.model.num_experts else None]
+        others = [_run(single_plan(plan, plan.precision, size), _DTYPES[plan.precision]) for size in sizes]
+    rounding = [_difference(other, reference) for other in others]
+    return dataclasses.replace(reference, rounding=Difference(*map(max, zip(*map(astuple, rounding), strict=True))))
+
+
+def _difference(one: Reference, other: Reference) -> Difference:
+    """How far `one` is from `other`."""
+    squares = sum(np.square(one.weights[name] - other.weights[name]).sum() for name in other.weights)
+    return Difference(
+        loss=float(np.abs(np.subtract(one.losses, other.losses)).max()),
+        norm=float(np.abs(np.subtract(one.norms, other.norms) / np.asarray(other.norms)).max()),
+        weights=math.sqrt(squares) / other.distance,
+    )
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _run_in_fp64(plan: Plan) -> Reference:
+    to_fp32 = torch.Tensor.float
+    torch.Tensor.float = lambda tensor, **_: tensor  # type: ignore[method-assign]  # how norms, scores and routers ask
+    try:
+        return _run(plan, torch.float64)
+    finally:
+        torch.Tensor.float = to_fp32  # type: ignore[method-assign]
+
+
+def _run(plan: Plan, dtype: torch.dtype) -> Reference:
+    """Train in a plain torch loop; in 16 bits with fp32 master weights and sums of gradients, as the engines do.
+
+    Args:
+        plan: for one rank.
+        dtype: of the weights in the forward and backward passes.
+    """
     model = GPT(plan)
     initialize_weights(named_parameters(model, plan), plan, 0)
-    optimizer = build_optimizer(named_parameters(model, plan), plan)
-    first = _weights(model, plan)
+    model.to(dtype)
+    parameters = list(model.parameters())
+    masters = parameters if dtype.itemsize > 2 else [nn.Parameter(parameter.float()) for parameter in parameters]
+    names = [name for name, _ in named_parameters(model, plan)]
+    optimizer = build_optimizer(zip(names, masters, strict=True), plan)
+    first = _weights(names, masters, plan)
     batches = _batches(plan, 0, 1)
     for group in optimizer.param_groups:
         group["lr"] = plan.run.optimizer.lr
-    set_auxiliary_loss_scale(1 / plan.num_microbatches, torch.device("cpu"))
-    limit = plan.gradient_clipping or float("inf")
+    loss_scale = plan.deepspeed.initial_loss_scale if plan.precision == "fp16" else 1.0
+    set_auxiliary_loss_scale(loss_scale / plan.num_microbatches, torch.device("cpu"))
     losses, norms = [], []
     for _ in range(plan.run.training.steps):
         total = 0.0
         for _ in range(plan.num_microbatches):
-            loss = model(*next(batches)) / plan.num_microbatches
-            loss.backward()
-            total += float(loss)
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
+            loss = _loss(model, plan, *next(batches))
+            (loss * loss_scale / plan.num_microbatches).backward()
+            total += float(loss) / plan.num_microbatches
+            if masters is not parameters:
+                _add_gradients(parameters, masters, loss_scale)
+        norms.append(_clip(masters, plan.gradient_clipping))
         optimizer.step()
         optimizer.zero_grad()
+        if masters is not parameters:
+            for parameter, master in zip(parameters, masters, strict=True):
+                parameter.data.copy_(master)
         losses.append(total)
-    last = _weights(model, plan)
+    last = _weights(names, masters, plan)
     distance = float(np.sqrt(sum(np.square(last[name] - first[name]).sum() for name in last)))
     return Reference(losses, norms, last, distance)
+
+
+def _loss(model: GPT, plan: Plan, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
+    if next(model.parameters()).dtype != torch.float64:
+        return model(tokens_BS, labels_BS)
+    logits_SBV = model(tokens_BS)[..., : plan.model.vocab_size]  # the loss itself is always fp32
+    return F.cross_entropy(logits_SBV.flatten(0, 1), labels_BS.t().flatten())
+
+
+def _clip(parameters: list[nn.Parameter], limit: float) -> float:
+    """Scale gradients down to the limit, if there is one; returns their norm before.
+
+    Summed in fp64: torch's own norm is 1e-4 off for some million numbers in fp32 on a CPU.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads))
+    if limit and norm > limit:
+        for grad in grads:
+            grad.mul_(limit / norm)
+    return norm
+
+
+def _add_gradients(parameters: list[nn.Parameter], masters: list[nn.Parameter], loss_scale: float) -> None:
+    """Add the 16-bit gradients of a micro-batch to the fp32 sums."""
+    for parameter, master in zip(parameters, masters, strict=True):
+        if parameter.grad is None:  # an expert without tokens
+            continue
+        grad = parameter.grad.float() / loss_scale
+        master.grad = grad if master.grad is None else master.grad.add_(grad)
+        parameter.grad = None
 
 
 def _batches(plan: Plan, data_rank: int, data_size: int) -> Iterator[MicroBatch]:
@@ -172,9 +280,9 @@ def _batches(plan: Plan, data_rank: int, data_size: int) -> Iterator[MicroBatch]
     )
 
 
-def _weights(model: GPT, plan: Plan) -> dict[str, np.ndarray]:
+def _weights(names: list[str], parameters: list[nn.Parameter], plan: Plan) -> dict[str, np.ndarray]:
     found = {}
-    for name, parameter in named_parameters(model, plan):
+    for name, parameter in zip(names, parameters, strict=True):
         full = partition_of(name, plan.model.is_gated).join([parameter.detach()], plan.model.vocab_size)
         found[name] = full.numpy().copy()
     return found

@@ -7,6 +7,7 @@ from typing import Any
 
 from megagpt.errors import ConfigError
 from megagpt.plan import Plan, deepspeed_config_from_dict, make_plan, run_config_from_dict
+from megagpt.plan.deepspeed_config import Precision
 
 MAX_RANKS = 8
 HEAD, SEQUENCE, VOCABULARY = 16, 32, 122
@@ -73,6 +74,35 @@ def shrink(plan: Plan, steps: int = 20, max_ranks: int = MAX_RANKS) -> SmallRun:
         changes=(),
     )
     return SmallRun(small.exact, small.configured, tuple(_changes(plan, small.configured)))
+
+
+def single_plan(plan: Plan, precision: Precision = "fp32", microbatch_size: int | None = None) -> Plan:
+    """The same model, samples and updates for one rank.
+
+    Args:
+        plan: any layout.
+        precision: of the forward and backward passes.
+        microbatch_size: another one than the plan's, which divides the global batch.
+    """
+    tree = plan.run.model_dump(mode="json")
+    for key, value in tree["parallel"].items():
+        if key.endswith("_parallel_size"):
+            tree["parallel"][key] = 1
+        elif key == "sequence_parallel":
+            tree["parallel"][key] = False
+        elif isinstance(value, list):
+            tree["parallel"][key] = "uniform"
+    tree["training"] |= {"recompute_granularity": "none", "recompute_method": "uniform", "recompute_num_layers": 1}
+    tree["training"] |= {"distribute_saved_activations": False, "offload_saved_activations": False}
+    raw: dict[str, Any] = {
+        "train_batch_size": plan.global_batch_size,
+        "train_micro_batch_size_per_gpu": microbatch_size or plan.microbatch_size,
+        "gradient_clipping": plan.gradient_clipping,
+    }
+    if precision != "fp32":
+        section = plan.deepspeed.raw.get(precision, {}) if precision == "fp16" else {}
+        raw[precision] = {**section, "enabled": True}
+    return make_plan(run_config_from_dict(tree), deepspeed_config_from_dict(raw), 1)
 
 
 # Sizes whose product with the data-parallel size is the number of ranks.

@@ -50,15 +50,25 @@ class Bounds:
 EXACT = Bounds(loss=1e-5, norm=1e-5, weights=1e-4)
 # AdamW divides by the size of a gradient, so that rounding moves weights whose gradients nearly vanish.
 FP32 = Bounds(loss=1e-5, norm=1e-5, weights=1e-2)
-# bf16 keeps 8 bits: a loss near 5 moves by some hundredths, a norm by a tenth; a wrong scale is a third or more.
-SIXTEEN_BIT = Bounds(loss=0.05, norm=0.2, weights=0.5)
 
 
-def bounds_for(plan: Plan) -> Bounds:
-    """The bounds for a run's precision and optimizer."""
+def bounds_for(plan: Plan, reference: Reference) -> Bounds:
+    """The bounds for a run's precision and optimizer.
+
+    A layout adds up the same numbers in another order. Where training amplifies rounding, what fp32 allows is not
+    1e-5 but what it does to one process: two fp32 runs that are each as far from fp64 differ by at most twice that.
+    Likewise 16-bit layouts may be `NOISE` times as far from fp32 as one process in 16 bits is.
+    """
+    rounding = reference.rounding
     if plan.precision != "fp32":
-        return SIXTEEN_BIT
-    return EXACT if plan.run.optimizer.name == "sgd" else FP32
+        return Bounds(NOISE * rounding.loss, NOISE * rounding.norm, NOISE * rounding.weights)
+    least = EXACT if plan.run.optimizer.name == "sgd" else FP32
+    return Bounds(
+        max(least.loss, 2 * rounding.loss), max(least.norm, 2 * rounding.norm), max(least.weights, 2 * rounding.weights)
+    )
+
+
+NOISE = 3.0
 
 
 def judge(plan: Plan, ranks: Sequence[RankMeasurement], reference: Reference) -> list[Verdict]:
@@ -69,7 +79,7 @@ def judge(plan: Plan, ranks: Sequence[RankMeasurement], reference: Reference) ->
         ranks: by global rank.
         reference: what one process did.
     """
-    bounds = bounds_for(plan)
+    bounds = bounds_for(plan, reference)
     losses = max(_largest(np.subtract(rank.losses, reference.losses)) for rank in ranks)
     relative = [np.subtract(rank.norms, reference.norms) / np.asarray(reference.norms) for rank in ranks]
     norms = max(_largest(difference) for difference in relative)

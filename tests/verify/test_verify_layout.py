@@ -139,12 +139,11 @@ def measure_with_faults(plan, faults) -> list:
     ids=["pipeline", "single-stage"],
 )
 def test_planted_faults_are_found(model, layout, faults):
-    from megagpt.verify.layout import single_plan
     from megagpt.verify.measure import measure_references
     from megagpt.verify.verdicts import judge
 
     plan = tiny_plan(model, SGD, steps=5, **layout)
-    ((reference,),) = run_ranks(measure_references, 1, [single_plan(plan)])
+    ((reference,),) = run_ranks(measure_references, 1, [plan])
     by_rank = run_ranks(measure_with_faults, 4, plan, list(faults))
     for (fault, spoiled), ranks in zip(faults.items(), zip(*by_rank, strict=True), strict=True):
         verdicts = judge(plan, ranks, reference)

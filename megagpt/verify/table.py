@@ -1,0 +1,211 @@
+"""The table of verified layouts: measured row by row against one process, and written as a document."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megagpt.parallel.local_ranks import RankFailedError, run_ranks
+from megagpt.plan import Plan
+from megagpt.verify.layout import import_libraries
+from megagpt.verify.rows import Row
+
+if TYPE_CHECKING:
+    from megagpt.verify.measure import RankMeasurement, Reference
+    from megagpt.verify.verdicts import Verdict
+
+ROWS_PER_PROCESS = 8
+"""Starting a set of processes takes longer than a row; but one that fails takes its companions along."""
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """A row and what came of it."""
+
+    row: Row
+    verdicts: "tuple[Verdict, ...]"
+    """Empty if a rank failed."""
+    fall: float
+    """By how much the loss of one process falls, in nats per token: without learning the comparison says little."""
+    failure: str = ""
+    """Last line of a rank's error."""
+
+    @property
+    def wrong(self) -> list[str]:
+        """What is not as in one process; [] for a good row."""
+        if self.failure:
+            return [self.failure]
+        learns = [] if self.fall > 0.15 else [f"loss falls by {self.fall:.2f} only"]
+        return [*(verdict.quantity for verdict in self.verdicts if not verdict.passed), *learns]
+
+
+def measure_rows(rows: Sequence[Row], told: Callable[[str], None] = print) -> list[MeasuredRow]:
+    """Run rows on CPU processes of this host and compare each with one process.
+
+    Args:
+        rows: what to run.
+        told: takes a line of progress per row.
+    """
+    import_libraries()
+    plans = {row.key: row.plan() for row in rows}
+    assert len(plans) == len(rows), "two rows say the same"
+    references = _references(list(plans.values()))
+    found: dict[str, MeasuredRow] = {}
+    for batch in _batches(rows, plans):
+        started = time.monotonic()
+        for row, ranks in zip(batch, _run(batch, plans), strict=True):
+            found[row.key] = _judged(row, plans[row.key], ranks, references[_reference_key(plans[row.key])])
+            told(_progress(found[row.key], len(found), len(rows), (time.monotonic() - started) / len(batch)))
+    return [found[row.key] for row in rows]
+
+
+def _references(plans: Iterable[Plan]) -> "dict[str, Reference]":
+    """What one process does, by what the plans have in common; the cores share the work."""
+    from megagpt.verify.measure import measure_references
+
+    distinct = {_reference_key(plan): plan for plan in plans}
+    keys = list(distinct)
+    workers = min(len(keys), os.cpu_count() or 1)
+
+    def measure() -> "dict[str, Reference]":
+        mine = keys[int(os.environ["RANK"]) :: workers]
+        return dict(zip(mine, measure_references([distinct[key] for key in mine]), strict=True))
+
+    return {key: value for part in run_ranks(measure, workers, timeout=1800) for key, value in part.items()}
+
+
+def _reference_key(plan: Plan) -> str:
+    """Equal for plans with the same model, samples, updates and precision."""
+    run = plan.run
+    same = [run.model, run.optimizer, run.training.steps, run.training.seed, run.training.seq_length]
+    values = [value.model_dump(mode="json") if hasattr(value, "model_dump") else value for value in same]
+    batch = [plan.global_batch_size, plan.microbatch_size, plan.gradient_clipping, plan.precision]
+    return json.dumps([*values, *batch])
+
+
+def _batches(rows: Sequence[Row], plans: dict[str, Plan]) -> Iterator[list[Row]]:
+    """Rows that one set of processes can run after each other."""
+    sizes = sorted({plans[row.key].world_size for row in rows})
+    for size in sizes:
+        members = [row for row in rows if plans[row.key].world_size == size]
+        for start in range(0, len(members), ROWS_PER_PROCESS):
+            yield members[start : start + ROWS_PER_PROCESS]
+
+
+def _run(batch: Sequence[Row], plans: dict[str, Plan]) -> "list[list[RankMeasurement] | str]":
+    """Each row's measurements by rank, or why there are none."""
+    from megagpt.verify.measure import measure_runs
+
+    chosen = [plans[row.key] for row in batch]
+    try:
+        by_rank = run_ranks(measure_runs, chosen[0].world_size, chosen, timeout=120.0 * len(batch))
+    except RankFailedError as error:
+        if len(batch) > 1:
+            return [result for row in batch for result in _run([row], plans)]
+        errors = [line for line in str(error).splitlines() if line and not line.startswith((" ", "---", "Traceback"))]
+        return [next((line for line in errors if "Error" in line), errors[0])]
+    return [list(ranks) for ranks in zip(*by_rank, strict=True)]
+
+
+def _judged(row: Row, plan: Plan, ranks: "list[RankMeasurement] | str", reference: "Reference") -> MeasuredRow:
+    from megagpt.verify.verdicts import judge
+
+    fall = reference.losses[0] - reference.losses[-1]
+    if isinstance(ranks, str):
+        return MeasuredRow(row, (), fall, ranks)
+    return MeasuredRow(row, tuple(judge(plan, ranks, reference)), fall)
+
+
+def _progress(measured: MeasuredRow, number: int, total: int, seconds: float) -> str:
+    word = f"MISSED ({', '.join(measured.wrong)})" if measured.wrong else "ok"
+    return f"{number}/{total} {measured.row.key}: {word}, {seconds:.1f} s"
+
+
+INTRODUCTION = """\
+# Layouts against one process
+
+Written by `python tools/verify_table.py`; do not edit. It needs no GPU and about {minutes} minutes on two CPU cores.
+
+Each row trains a small model for 20 steps on real gloo processes with the engine that a cluster job uses, and compares
+every rank with one process that runs the same model in a plain torch loop, without DeepSpeed. Global batch 8 in
+micro-batches of 2, 32 tokens per sample, gradients clipped at norm 0.5. Adam hides errors in the scale of gradients, so
+most rows use SGD with a rate of 0.5.
+
+- **loss**: largest difference of a step's loss on any rank, in nats per token; **norm**: largest relative difference of
+  a step's gradient norm; **weights**: 2-norm of the difference of all fp32 master weights after 20 steps, relative to
+  that of what the updates changed. Each stands before its bound.
+- **ok** says more: copies of weights on several ranks are equal bit for bit (so are both copies of a tied embedding),
+  and the bytes of each kind of collective are those that the plan foretells.
+- **fp32's bound** is 1e-5 for loss and norm; 1e-4 for weights under SGD and 1e-2 under Adam, which divides by the size
+  of a gradient and so moves weights whose gradients nearly vanish. A layout adds up the same numbers in another order.
+  Where a model amplifies rounding, 1e-5 asks more than fp32 has: the bound is then twice the distance of the single
+  process itself from the same run in fp64, if that is larger.
+- **bf16's and fp16's bound** is {noise:g} times the largest distance between one process in that precision and one in
+  fp32, over runs that cut the global batch into micro-batches of 1, 2 and 8 (the same mathematics, rounded otherwise;
+  of models with experts one run, as their load-balancing loss is taken per micro-batch).
+- **falls**: by how much the loss falls in one process; a row whose model does not learn counts as missed.
+
+Verdict: {verdict}. Versions: {versions}.
+"""
+COLUMNS = ("model", "optimizer", "layout", "engine", "options", "loss", "norm", "weights", "falls", "verdict")
+
+
+def render(measured: Sequence[MeasuredRow], minutes: float) -> str:
+    """The document.
+
+    Args:
+        measured: all rows.
+        minutes: how long it took.
+    """
+    from megagpt.verify.verdicts import NOISE
+
+    missed = [one for one in measured if one.wrong]
+    verdict = f"{len(measured) - len(missed)} of {len(measured)} rows are within their bounds"
+    names = ("torch", "deepspeed", "megatron-core")
+    versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in names)
+    parts = [INTRODUCTION.format(minutes=max(round(minutes), 1), noise=NOISE, verdict=verdict, versions=versions)]
+    for topic in dict.fromkeys(one.row.topic for one in measured):
+        lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        lines += [f"| {' | '.join(_cells(one))} |" for one in measured if one.row.topic == topic]
+        parts.append("\n".join([f"## {topic}", "", *lines, ""]))
+    return "\n".join(parts)
+
+
+def _cells(one: MeasuredRow) -> list[str]:
+    row = one.row
+    figures = {verdict.quantity: f"{verdict.difference:.1e} / {verdict.bound:.0e}" for verdict in one.verdicts}
+    numbers = [figures.get(quantity, "") for quantity in ("loss", "gradient norm", "weights")]
+    word = f"**missed**: {', '.join(one.wrong)}" if one.wrong else "ok"
+    return [row.model, row.optimizer, row.ranks, row.engine, row.options, *numbers, f"{one.fall:.2f}", word]
+
+
+def listed_rows(document: str) -> list[tuple[str, ...]]:
+    """Topic, model, optimizer, layout, engine and options of every row of a document."""
+    topic, found = "", []
+    for line in document.splitlines():
+        if line.startswith("## "):
+            topic = line.removeprefix("## ")
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == len(COLUMNS) and cells[0] not in ("---", COLUMNS[0]):
+            found.append((topic, *cells[:5]))
+    return found
+
+
+def write_table(rows: Sequence[Row], path: Path) -> bool:
+    """Measure rows and write the document; True if all are within their bounds."""
+    started = time.monotonic()
+    measured = measure_rows(rows)
+    text = render(measured, (time.monotonic() - started) / 60)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    missed = sum(bool(one.wrong) for one in measured)
+    print(f"{path}: {len(measured) - missed} of {len(measured)} rows are within their bounds")
+    return missed == 0
