@@ -309,6 +309,9 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 saves at the end only."""
     keep_last: Positive = 2
     """Number of newest checkpoints kept."""
+    allow_changes: Annotated[tuple[Literal["model", "dataset", "tokenizer", "seed"], ...], Strict(False)] = ()
+    """What may differ from the run that wrote the checkpoint to resume from; everything else is refused. `model` allows
+    what leaves all weights their shapes; `dataset` also covers data.split and training.seq_length."""
 
 
 class LoggingConfig(Section):
@@ -318,6 +321,13 @@ class LoggingConfig(Section):
     """Steps between progress reports; the only moments at which the host waits for the device."""
     directory: str | None = None
     """Folder for metrics.jsonl and TensorBoard files; None: progress lines only."""
+
+
+class SupervisionConfig(Section):
+    """How a run that nobody watches is stopped in time, kept from harm and ended when it is stuck."""
+
+    stop_after_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Save and stop in time to have left this long after the start; Slurm's own time limit is known without."""
 
 
 class RunConfig(Section):
@@ -330,6 +340,7 @@ class RunConfig(Section):
     training: TrainingConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
 
     @model_validator(mode="before")
     @classmethod
