@@ -86,8 +86,10 @@ class Engine:
             group["lr"] = learning_rate
         zero, is_fp16 = self._wrapped.optimizer, self.plan.precision == "fp16"
         loss_scale = float(zero.loss_scale) if is_fp16 else None
-        # The engine divides the main loss by the number of micro-batches, and scales it for fp16.
-        set_auxiliary_loss_scale((loss_scale or 1.0) / self.plan.num_microbatches, self.ranks.device)
+        # The engine divides the main loss by the number of micro-batches, and scales it for fp16. Gradients are
+        # averaged over context-parallel ranks, but each one's auxiliary losses are its part of a sum.
+        scale = (loss_scale or 1.0) * self.ranks.context_size / self.plan.num_microbatches
+        set_auxiliary_loss_scale(scale, self.ranks.device)
         if self._is_pipeline:
             loss = self._wrapped.train_batch(map(self._positions, batches))
         else:

@@ -7,7 +7,7 @@ from megagpt.plan.load import load_preset, load_run_config, preset_names, run_co
 from megagpt.plan.plan import Plan, make_plan
 from megagpt.plan.reference import config_reference
 from megagpt.plan.report import describe, plan_as_dict
-from megagpt.plan.traffic import RING_FACTORS, Transfer, is_traffic_foretold, traffic_per_step
+from megagpt.plan.traffic import RING_FACTORS, Transfer, traffic_per_step
 
 __all__ = [
     "RING_FACTORS",
@@ -20,7 +20,6 @@ __all__ = [
     "config_reference",
     "deepspeed_config_from_dict",
     "describe",
-    "is_traffic_foretold",
     "load_deepspeed_config",
     "load_preset",
     "load_run_config",

@@ -85,11 +85,6 @@ def _check_tensor_parallel(run: RunConfig) -> list[str]:
             "parallel.sequence_parallel=true, so that each rank routes its own tokens (Megatron-Core refuses it "
             "otherwise); set it to true"
         )
-    if run.parallel.context_parallel_size > 1:
-        problems.append(
-            f"parallel.context_parallel_size={run.parallel.context_parallel_size} does not go with "
-            "model.num_experts yet: the load-balancing loss would be weighted wrongly; use context_parallel_size=1"
-        )
     return problems
 
 
@@ -140,11 +135,6 @@ def _check_zero(run: RunConfig, deepspeed: DeepSpeedConfig) -> list[str]:
         problems.append(
             f"{deepspeed.source}: zero_optimization.stage=3 does not go with {ways} (DeepSpeed's stage 3 knows one "
             "data-parallel group only); use stage 1 or 2, or expert_model_parallel_size=1"
-        )
-    if deepspeed.offloads_optimizer:
-        problems.append(
-            f"{deepspeed.source}: zero_optimization.offload_optimizer with {ways} is not supported; remove it, or use "
-            "expert_model_parallel_size=1"
         )
     for key in ("reduce_scatter", "contiguous_gradients"):
         if zero.get(key) is False:

@@ -103,6 +103,13 @@ class Plan:
         return self.seq_length // self.context_parallel_size
 
     @property
+    def pipeline_bubble(self) -> float:
+        """Share of the time that a pipeline stage idles: (p - 1) / (m + p - 1) with p stages and m micro-batches (arXiv
+        2104.04473, section 2.2.1)."""
+        waiting = self.pipeline_parallel_size - 1
+        return waiting / (self.num_microbatches + waiting)
+
+    @property
     def memory(self) -> MemoryEstimate:
         """Estimated bytes on one rank of the stage that needs most."""
         return max(self.memory_per_stage, key=lambda estimate: estimate.total)

@@ -5,7 +5,7 @@ from typing import Any
 
 from megagpt.plan.experts import num_expert_layers
 from megagpt.plan.plan import Plan
-from megagpt.plan.traffic import is_traffic_foretold, traffic_per_step
+from megagpt.plan.traffic import traffic_per_step
 
 GIB = 1 << 30
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "total")
@@ -39,12 +39,13 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
     return {
         **plain,
         "tokens_per_step": plan.tokens_per_step,
+        "pipeline_bubble": plan.pipeline_bubble,
         "stage_bounds": list(plan.stage_bounds),
         "memory_per_stage": [
             {"stage": estimate.stage, **{part: getattr(estimate, part) for part in (*MEMORY_PARTS, "host")}}
             for estimate in plan.memory_per_stage
         ],
-        "sent_per_stage": _sent_per_stage(plan) if is_traffic_foretold(plan) else None,
+        "sent_per_stage": _sent_per_stage(plan),
         "notes": list(plan.notes),
         "run": plan.run.model_dump(mode="json"),
         "engine_config": plan.engine_config(),
@@ -117,10 +118,12 @@ def _layout_lines(plan: Plan) -> list[str]:
 
 
 def _batch_lines(plan: Plan) -> list[str]:
+    idle = [f"each pipeline stage idles {plan.pipeline_bubble:.0%} of the time"] if plan.pipeline_bubble else []
     return [
         f"{plan.global_batch_size:,} samples per step = micro-batch {plan.microbatch_size} x "
         f"{plan.num_microbatches} micro-batches x data {plan.data_parallel_size}",
         f"{plan.tokens_per_step:,} tokens per step = {plan.global_batch_size:,} samples x {plan.seq_length:,} tokens",
+        *idle,
     ]
 
 
@@ -193,8 +196,8 @@ def _sent_per_stage(plan: Plan) -> list[dict[str, int]]:
 
 
 def _traffic_table(plan: Plan) -> list[str]:
-    """Table of what one rank of each stage sends in one step; nothing for a single rank, or if it is not foretold."""
-    rows = _sent_per_stage(plan) if is_traffic_foretold(plan) else []
+    """Table of what one rank of each stage sends in one step; nothing for a single rank."""
+    rows = _sent_per_stage(plan)
     groups = list(dict.fromkeys(group for row in rows for group in row))
     if not groups:
         return []

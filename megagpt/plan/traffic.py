@@ -11,10 +11,16 @@ Scalars (gradient norm, overflow flag, loss) are left out.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megagpt.plan.estimates import DTYPE_BYTES
-from megagpt.plan.layout import norm_parameters, norms_of_layer, stage_parameters_per_rank
+from megagpt.plan.experts import mlp_sizes
+from megagpt.plan.layout import (
+    norm_parameters,
+    norms_of_layer,
+    stage_expert_parameters_per_rank,
+    stage_parameters_per_rank,
+)
 from megagpt.plan.plan import Plan
 from megagpt.plan.recompute import layer_runs
 
@@ -52,13 +58,20 @@ class Transfer:
     purpose: str
     """What for, in words."""
     group: str
-    """tensor, context, data (data x context), pipeline or embedding (first and last pipeline stage)."""
+    """tensor, context, data (data x context, or some of them), pipeline, embedding (first and last pipeline stage) or
+    world (tensor x other ranks)."""
     collective: str
     """A key of RING_FACTORS."""
     size: int
     """Ranks of the group."""
     payload: int
-    """Bytes of the whole tensors, summed over one step."""
+    """Bytes of the whole tensors, summed over one step; on average over the ranks where routers decide."""
+    is_uneven: bool = False
+    """Whether the ranks' parts have different sizes."""
+
+    def without_cuda(self) -> "Transfer":
+        """What stands in for it on hosts without CUDA, as gloo knows no parts of different sizes."""
+        return replace(self, collective="all_reduce") if self.is_uneven else self
 
     @property
     def ring_bytes(self) -> float:
@@ -66,22 +79,19 @@ class Transfer:
         return RING_FACTORS[self.collective](self.size) * self.payload
 
 
-def is_traffic_foretold(plan: Plan) -> bool:
-    """Whether `traffic_per_step` covers the model: not yet one with experts."""
-    return plan.model.num_experts is None
-
-
 def traffic_per_step(plan: Plan, stage: int) -> tuple[Transfer, ...]:
     """Everything that a rank of one pipeline stage sends in one step, scalars left out; groups of one rank too.
 
+    How many tokens a rank's experts get is up to the routers: that part is the mean over the ranks of the stage.
+
     Args:
-        plan: the layout, one of those that `is_traffic_foretold` knows.
+        plan: the layout.
         stage: 0 ... pipeline size - 1.
     """
-    assert is_traffic_foretold(plan)
     transfers = [
         *_tensor_parallel(plan, stage),
         *_context_parallel(plan, stage),
+        *_experts(plan, stage),
         *_pipeline(plan, stage),
         *_data_parallel(plan, stage),
     ]
@@ -103,19 +113,22 @@ def _tensor_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
         return Transfer(purpose, "tensor", collective, size, count * passes * sbh)
 
     layers = len(plan.transformer_layers_of_stage(stage))
-    forwards = _forwards(plan, layers)
+    forwards = _forwards(plan, stage)
+    # Attention and MLP; routed experts talk by other means.
+    branches = [2 if _has_mlp(plan, layer) else 1 for layer in plan.transformer_layers_of_stage(stage)]
+    branch_forwards = sum(count * times for count, times in zip(branches, _forwards_by_layer(plan, stage), strict=True))
     if plan.run.training.distribute_saved_activations:
         kept = sum(run.is_recomputed for run in layer_runs(plan.run.training, layers))
         yield transfer("saved activations", "all_gather", kept)
     if sequence:
         # Attention and MLP each gather their input and scatter the sum of their output; backward the other way round,
         # and Megatron-Core keeps only its part of the input, so it gathers that again for the weight's gradient.
-        yield transfer("layers", "all_gather", 2 * forwards + 4 * layers)
-        yield transfer("layers", "reduce_scatter", 2 * forwards + 2 * layers)
+        yield transfer("layers", "all_gather", branch_forwards + 2 * sum(branches))
+        yield transfer("layers", "reduce_scatter", branch_forwards + sum(branches))
         yield transfer("head", "all_gather", 1 * last)
         yield transfer("head", "reduce_scatter", 1 * last)
     else:
-        yield transfer("layers", "all_reduce", 2 * forwards + 2 * layers)
+        yield transfer("layers", "all_reduce", branch_forwards + sum(branches))
         yield transfer("head", "all_reduce", 1 * last)
     if model.num_query_groups < size:
         # Ranks that share a key/value head cut its rows among them, so each gathers the projection's results.
@@ -123,7 +136,7 @@ def _tensor_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
         projected = plan.chunk_length * plan.microbatch_size * rows * DTYPE_BYTES[plan.precision] * passes
         yield Transfer("shared key/value heads", "tensor", "all_gather", size, forwards * projected)
         yield Transfer("shared key/value heads", "tensor", "reduce_scatter", size, layers * projected)
-    yield _partial_gradients(plan, layers, last)
+    yield _partial_gradients(plan, stage)
     if first:
         # Learned positions are added before the sequence is split, so that the words' sum is needed in whole.
         split_at_once = sequence and model.position_embedding_type != "learned_absolute"
@@ -143,26 +156,79 @@ def _context_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
     # Key/value heads are repeated until the ranks can share them equally.
     exchanged = (2 * heads + 2 * math.lcm(groups, size)) * model.kv_channels
     layers = len(plan.transformer_layers_of_stage(stage))
-    passes = (_forwards(plan, layers) + layers) * plan.num_microbatches
+    passes = (_forwards(plan, stage) + layers) * plan.num_microbatches
     tokens = plan.chunk_length * plan.microbatch_size
     yield Transfer(
         "attention heads", "context", "all_to_all", size, passes * tokens * exchanged * DTYPE_BYTES[plan.precision]
     )
 
 
-def _forwards(plan: Plan, layers: int) -> int:
-    """Forward passes through the layers of a stage per micro-batch, those of recomputation included."""
-    return layers + sum(run.num_layers for run in layer_runs(plan.run.training, layers) if run.is_recomputed)
+def _forwards_by_layer(plan: Plan, stage: int) -> list[int]:
+    """Forward passes through each layer of a stage per micro-batch: 2 if it is recomputed."""
+    runs = layer_runs(plan.run.training, len(plan.transformer_layers_of_stage(stage)))
+    return [1 + run.is_recomputed for run in runs for _ in range(run.num_layers)]
 
 
-def _partial_gradients(plan: Plan, layers: int, last: bool) -> Transfer:
+def _forwards(plan: Plan, stage: int) -> int:
+    return sum(_forwards_by_layer(plan, stage))
+
+
+def _has_mlp(plan: Plan, layer: int) -> bool:
+    """Whether every token meets an MLP in a layer: that of a dense layer, or a shared expert."""
+    return not plan.model.has_experts(layer) or plan.model.moe_shared_expert_intermediate_size is not None
+
+
+def _experts(plan: Plan, stage: int) -> Iterator[Transfer]:
+    """Tokens on their way to the experts and back, with what the routers must know of each other.
+
+    Megatron-Core's `alltoall` sends each token to the k ranks of its experts and gathers what the tensor-parallel ranks
+    have got; `allgather` gathers all tokens of the tensor x expert ranks. Backward the other way round.
+    """
+    model, parallel, passes = plan.model, plan.run.parallel, plan.num_microbatches
+    tensor, ways, context = plan.tensor_parallel_size, plan.expert_parallel_size, plan.context_parallel_size
+    if model.num_experts is None:
+        return
+    forward_counts = zip(plan.transformer_layers_of_stage(stage), _forwards_by_layer(plan, stage), strict=True)
+    counts = [times for layer, times in forward_counts if model.has_experts(layer)]
+    forwards, backwards = passes * sum(counts), passes * len(counts)
+    tokens = plan.chunk_length * plan.microbatch_size // tensor
+    row, weight = model.hidden_size * DTYPE_BYTES[plan.precision], 4  # weights of experts are fp32
+    # See `parallel/accounting.py`: a group is called by the smallest one that it lies in.
+    among_experts = "context" if context > 1 and ways <= context else "data"
+    both = "world" if tensor > 1 and ways > 1 else "tensor" if tensor > 1 else among_experts
+    if model.moe_aux_loss_coeff > 0:
+        group = "tensor" if context == 1 else "context" if tensor == 1 else "world"
+        counted = 8 * model.num_experts * backwards  # not in the first pass of a recomputed layer
+        yield Transfer("tokens per expert, for the loss", group, "all_reduce", tensor * context, counted)
+    if parallel.moe_token_dispatcher_type == "allgather":
+        all_tokens = tokens * tensor * ways
+        weights = all_tokens * model.num_experts * weight
+        chosen = all_tokens * model.num_experts * forwards  # one byte each
+        moved = (forwards + backwards) * all_tokens * row
+        yield Transfer("tokens to experts", both, "all_gather", tensor * ways, moved + forwards * weights + chosen)
+        yield Transfer("tokens from experts", both, "reduce_scatter", tensor * ways, moved + backwards * weights)
+        return
+    counted = 8 * model.num_experts * tensor * ways * forwards
+    yield Transfer("tokens per expert", both, "all_gather", tensor * ways, counted)
+    sent = tokens * model.moe_router_topk
+    exchanged = (forwards + backwards) * sent * (2 * row + weight)
+    yield Transfer("tokens to and from experts", among_experts, "all_to_all", ways, exchanged)
+    gathered = sent * tensor
+    moved = (forwards + backwards) * gathered * row
+    there, back = moved + forwards * gathered * weight, moved + backwards * gathered * weight
+    yield Transfer("tokens to parts of experts", "tensor", "all_gather", tensor, there, is_uneven=True)
+    yield Transfer("tokens from parts of experts", "tensor", "reduce_scatter", tensor, back, is_uneven=True)
+
+
+def _partial_gradients(plan: Plan, stage: int) -> Transfer:
     """Gradients of whole parameters that work on a part of the sequence or of the heads, once per micro-batch.
 
-    The former are norms and the biases after a split matrix under sequence parallelism; the latter the norms of queries
-    and keys, always.
+    The former are norms, routers and the biases after a split matrix under sequence parallelism (which experts need);
+    the latter the norms of queries and keys, always.
     """
     model = plan.model
-    elements = 0
+    layers, last = len(plan.transformer_layers_of_stage(stage)), stage == plan.pipeline_parallel_size - 1
+    elements = sum(mlp_sizes(model, layer).replicated for layer in plan.transformer_layers_of_stage(stage))
     if plan.run.parallel.sequence_parallel:
         elements += (layers * norms_of_layer(model) + last) * norm_parameters(model)
         elements += 2 * layers * model.hidden_size if model.add_bias_linear else 0
@@ -200,28 +266,34 @@ def _pipeline(plan: Plan, stage: int) -> Iterator[Transfer]:
 
 
 def _data_parallel(plan: Plan, stage: int) -> Iterator[Transfer]:
-    """Gradients and updated weights."""
-    parameters = stage_parameters_per_rank(
-        plan.model, plan.stage_bounds, stage, plan.tensor_parallel_size, plan.padded_vocab_size
-    )
-    zero, size, passes = (
-        plan.deepspeed.raw.get("zero_optimization", {}),
-        plan.gradient_parallel_size,
-        plan.num_microbatches,
-    )
+    """Gradients and updated weights; those of experts among the ranks that have the same ones."""
+    tensor, ways, size = plan.tensor_parallel_size, plan.expert_parallel_size, plan.gradient_parallel_size
+    parameters = stage_parameters_per_rank(plan.model, plan.stage_bounds, stage, tensor, plan.padded_vocab_size, ways)
+    if ways == 1:
+        yield from _replicas(plan, "", parameters, size)
+        return
+    experts = stage_expert_parameters_per_rank(plan.model, plan.stage_bounds, stage, tensor, ways)
+    yield from _replicas(plan, "", parameters - experts, size)
+    yield from _replicas(plan, "experts' ", experts, size // ways)
+
+
+def _replicas(plan: Plan, whose: str, parameters: int, size: int) -> Iterator[Transfer]:
+    """What `size` ranks with the same parameters do about them."""
+    zero, passes = plan.deepspeed.raw.get("zero_optimization", {}), plan.num_microbatches
     # One and the same group is called by its first name, see `parallel/accounting.py`.
     group = "context" if plan.context_parallel_size > 1 and plan.data_parallel_size == 1 else "data"
     communicated = plan.deepspeed.raw.get("communication_data_type") or plan.precision
     gradients = parameters * DTYPE_BYTES[communicated]
     weights = parameters * DTYPE_BYTES[plan.precision]
     if plan.zero_stage == 3:
-        yield Transfer("gradients", group, "reduce_scatter", size, passes * gradients)
+        yield Transfer(f"{whose}gradients", group, "reduce_scatter", size, passes * gradients)
         # Gathered for the forward and again for the backward pass; layers below the thresholds of the JSON stay.
-        yield Transfer("weights", group, "all_gather", size, 2 * passes * weights)
+        yield Transfer(f"{whose}weights", group, "all_gather", size, 2 * passes * weights)
         return
     # Stage 2 keeps no whole gradients from one micro-batch to the next, so it reduces each one. DeepSpeed's default
     # reduces a bucket for all ranks at once, by an all-reduce: twice the bytes of a reduce-scatter.
     times = passes if plan.zero_stage == 2 else 1
     one_by_one = zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
-    yield Transfer("gradients", group, "reduce" if one_by_one else "all_reduce", size, times * gradients)
-    yield Transfer("weights", group, "all_gather", size, weights)
+    collective = "reduce" if one_by_one else "all_reduce"
+    yield Transfer(f"{whose}gradients", group, collective, size, times * gradients)
+    yield Transfer(f"{whose}weights", group, "all_gather", size, weights)

@@ -206,6 +206,15 @@ ROWS: tuple[Row, ...] = (
         ("mixtral", "sgd", {"tp": 2, "sp": True, "dp": 2, "ep": 2}),
         ("shared_expert", "sgd", {"pp": 2, "dp": 2, "ep": 2}),
         ("shared_expert", "adamw", {"tp": 2, "sp": True, "dp": 2, "ep": 2}),
+        ("mixtral", "sgd", {"cp": 2}),
+        ("mixtral", "sgd", {"cp": 2, "ep": 2}),
+        ("mixtral", "sgd", {"cp": 2, "tp": 2, "sp": True}),
+        ("mixtral", "sgd", {"cp": 2, "dp": 2, "ep": 2, "zero": 2}),
+        ("mixtral", "sgd", {"cp": 2, "dp": 2, "ep": 4}),
+        ("shared_expert", "sgd", {"cp": 2, "pp": 2, "ep": 2}),
+        ("mixtral", "sgd", {"dp": 2, "zero": 3, "zero_keys": OFFLOAD_ALL}),
+        ("mixtral", "sgd", {"dp": 2, "ep": 2, "zero_keys": OFFLOAD}),
+        ("mixtral", "sgd", {"dp": 4, "ep": 2, "zero": 2, "zero_keys": OFFLOAD}),
     ),
     *_rows(
         "Offload and ZeRO++",
@@ -255,6 +264,8 @@ ROWS: tuple[Row, ...] = (
             ("mixtral", "adamw", {"dp": 2, "ep": 2, "zero": 2}),
             ("mixtral", "adamw", {"tp": 2, "sp": True, "dp": 2, "ep": 2}),
             ("shared_expert", "adamw", {"pp": 2, "dp": 2, "ep": 2}),
+            ("mixtral", "sgd", {"cp": 2, "dp": 2, "ep": 2}),
+            ("mixtral", "sgd", {"dp": 2, "ep": 2, "zero_keys": OFFLOAD}),
         )
     ),
     *(
@@ -267,6 +278,9 @@ ROWS: tuple[Row, ...] = (
             ("llama-tied", "sgd", {"tp": 2, "sp": True, "pp": 2}),
             ("gpt2", "sgd", {"pp": 2, "dp": 2}),
             ("gpt2", "adamw", {"tp": 2, "pp": 2, "zero_keys": OFFLOAD}),
+            ("mixtral", "sgd", {"dp": 2, "ep": 2, "zero": 2}),
+            ("shared_expert", "adamw", {"tp": 2, "sp": True, "dp": 2, "ep": 2}),
+            ("shared_expert", "sgd", {"pp": 2, "dp": 2, "ep": 2}),
         )
     ),
 )

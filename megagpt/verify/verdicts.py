@@ -1,7 +1,7 @@
 """Comparison of ranks with one process: one verdict per quantity."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megagpt.model import partition_of
-from megagpt.plan import Plan, is_traffic_foretold, traffic_per_step
+from megagpt.plan import Plan, traffic_per_step
 from megagpt.verify.measure import RankMeasurement, Reference
 
 TRAFFIC_BOUND = 0.01
@@ -92,7 +92,7 @@ def judge(plan: Plan, ranks: Sequence[RankMeasurement], reference: Reference) ->
         _weights(plan, shards, reference, bounds.weights),
         _copies(plan, ranks, shards),
         *_tied(plan, ranks, shards),
-        *(_traffic(plan, ranks) if is_traffic_foretold(plan) else ()),
+        *_traffic(plan, ranks),
     ]
 
 
@@ -174,15 +174,17 @@ def _tied(plan: Plan, ranks: Sequence[RankMeasurement], shards: Shards) -> list[
 
 
 def _traffic(plan: Plan, ranks: Sequence[RankMeasurement]) -> list[Verdict]:
-    """Bytes per step by group and collective against what the Plan foretells: the worst rank of each."""
+    """Bytes per step by group and collective against what the Plan foretells: the worst rank of each, or, where routers
+    decide which rank gets how many tokens, the mean of the worst stage."""
     worst: dict[tuple[str, str], tuple[float, float, float]] = {}
-    for rank in ranks:
+    for stage, counted in _counted(plan, ranks):
         foretold: dict[tuple[str, str], float] = {}
-        for transfer in traffic_per_step(plan, rank.stage):
+        for transfer in traffic_per_step(plan, stage):
+            transfer = transfer.without_cuda()
             key = transfer.group, transfer.collective
             foretold[key] = foretold.get(key, 0.0) + transfer.ring_bytes
-        for key in {*foretold, *rank.traffic}:
-            expected, found = foretold.get(key, 0.0), rank.traffic.get(key, 0.0)
+        for key in {*foretold, *counted}:
+            expected, found = foretold.get(key, 0.0), counted.get(key, 0.0)
             off = abs(found - expected) / expected if expected else math.inf
             if expected or found:
                 worst[key] = max(worst.get(key, (-1.0, 0.0, 0.0)), (off, found, expected))
@@ -195,3 +197,14 @@ def _traffic(plan: Plan, ranks: Sequence[RankMeasurement]) -> list[Verdict]:
         )
         for (group, collective), (off, found, expected) in sorted(worst.items())
     ]
+
+
+def _counted(plan: Plan, ranks: Sequence[RankMeasurement]) -> Iterator[tuple[int, dict[tuple[str, str], float]]]:
+    """Stage and bytes of what is compared: every rank, or the mean rank of each stage if there are experts."""
+    if plan.model.num_experts is None:
+        yield from ((rank.stage, rank.traffic) for rank in ranks)
+        return
+    for stage in range(plan.pipeline_parallel_size):
+        members = [rank.traffic for rank in ranks if rank.stage == stage]
+        keys = {key for traffic in members for key in traffic}
+        yield stage, {key: sum(traffic.get(key, 0.0) for traffic in members) / len(members) for key in keys}

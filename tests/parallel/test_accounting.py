@@ -177,6 +177,7 @@ def test_zero_moves_its_multiple_of_the_parameters(measured, stage, keys, share,
 
 
 FULL = {"recompute_granularity": "full"}
+ALLGATHER = {"parallel": {"moe_token_dispatcher_type": "allgather"}}
 LAYOUTS = [
     {"tp": 2},
     {"tp": 2, "sp": True},
@@ -202,6 +203,18 @@ LAYOUTS = [
 ]
 
 
+EXPERT_LAYOUTS = [
+    {"model": "mixtral", "tp": 2, "sp": True},
+    {"model": "mixtral", "dp": 2, "ep": 2, "zero": 2, "precision": "bf16"},
+    {"model": "mixtral", "tp": 2, "dp": 2, "ep": 2, "sp": True, "recompute": FULL},
+    {"model": "shared_expert", "pp": 2, "dp": 2, "ep": 2, "precision": "bf16"},
+    {"model": "mixtral", "dp": 4, "ep": 2},
+    {"model": "mixtral", "cp": 2, "dp": 2, "ep": 4},
+    {"model": "mixtral", "cp": 2, "tp": 2, "sp": True, "ep": 2},
+    {"model": "shared_expert", "tp": 2, "dp": 2, "ep": 2, "sp": True, "sections": ALLGATHER},
+]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(f"{k}{v}" for k, v in layout.items())[:60])
 def test_the_plan_foretells_the_traffic_of_every_rank(measured, layout):
     plan = plan_of(layout)
@@ -213,3 +226,30 @@ def test_the_plan_foretells_the_traffic_of_every_rank(measured, layout):
         counted = {key: sent for key, (_, sent) in step.without_scalars().totals().items() if sent > 0}
         # ZeRO pads what it cuts
         assert counted == pytest.approx(foretold, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    "layout", EXPERT_LAYOUTS, ids=lambda layout: "-".join(f"{k}{v}" for k, v in layout.items())[:60]
+)
+def test_the_plan_foretells_the_traffic_of_experts(measured, layout):
+    """On average over the ranks of a stage: which of them gets how many tokens is up to the routers."""
+    plan = plan_of(layout)
+    ranks = [step.without_scalars().totals() for _, step in measured(**layout)]
+    size = plan.world_size // plan.pipeline_parallel_size
+    for stage in range(plan.pipeline_parallel_size):
+        members = ranks[stage * size : (stage + 1) * size]
+        counted = {
+            key: sum(totals.get(key, (0, 0.0))[1] for totals in members) / size for totals in members for key in totals
+        }
+        foretold: Counter = Counter()
+        for transfer in traffic_per_step(plan, stage):
+            transfer = transfer.without_cuda()
+            foretold[transfer.group, transfer.collective] += transfer.ring_bytes
+        assert {key: sent for key, sent in counted.items() if sent > 0} == pytest.approx(foretold, rel=0.005)
+
+
+def test_parts_of_different_sizes_cost_less_where_there_is_cuda():
+    plan = plan_of(EXPERT_LAYOUTS[0])
+    uneven = [transfer for transfer in traffic_per_step(plan, 0) if transfer.is_uneven]
+    assert {transfer.collective for transfer in uneven} == {"all_gather", "reduce_scatter"}
+    assert all(transfer.without_cuda().ring_bytes == 2 * transfer.ring_bytes for transfer in uneven)

@@ -71,7 +71,10 @@ def assert_shards_add_up(plan):
     ]
     hidden, layers = model.hidden_size, model.num_layers
     # norms, biases behind a matrix that is split along its inputs, and learned positions are whole on every rank
-    replicated = layers * 6 * hidden + 2 * hidden + model.max_position_embeddings * hidden
+    positions = model.max_position_embeddings if model.position_embedding_type == "learned_absolute" else 0
+    norms_and_biases = (4 if model.normalization == "LayerNorm" else 2) + (2 if model.add_bias_linear else 0)
+    final_norm = 2 if model.normalization == "LayerNorm" else 1
+    replicated = (layers * norms_and_biases + final_norm + positions) * hidden
     copied = 0 if model.untie_embeddings_and_output_weights or pp == 1 else plan.padded_vocab_size * hidden
     padding = (plan.padded_vocab_size - model.vocab_size) * hidden
     padding *= 2 if model.untie_embeddings_and_output_weights else 1
@@ -115,3 +118,72 @@ def test_bloom_176b():
     assert plan.num_parameters / 1e9 == pytest.approx(176, abs=1)
     assert plan.hardware_flops_per_step / 104.7 / 384 / 1e12 == pytest.approx(149.77, rel=0.02)
     assert_shards_add_up(plan)
+
+
+def test_gpt_neox_20b():
+    """arXiv 2204.06745, section 2.3 and table 1: 96 A100 of 40 GB, TP 2, PP 4, ZeRO 1, 3.15 M tokens per step."""
+    tree = {
+        "model": {"preset": "gpt-neox-20b"},
+        "parallel": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4},
+        "training": {"steps": 1, "recompute_granularity": "full"},
+    }
+    raw = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 32,
+        "fp16": {"enabled": True},
+        "zero_optimization": {"stage": 1},
+    }
+    plan = make_plan(run_config_from_dict(tree), deepspeed_config_from_dict(raw), 96)
+    assert (plan.data_parallel_size, plan.num_microbatches) == (12, 32)
+    assert plan.tokens_per_step / 1e6 == pytest.approx(3.15, abs=0.005)
+    assert plan.pipeline_bubble == pytest.approx(3 / 35)
+    assert max(estimate.total for estimate in plan.memory_per_stage) < 40e9
+    assert_shards_add_up(plan)
+    # 8 FLOPs per parameter and token where layers are recomputed; attention comes on top, the embedding costs nothing
+    assert plan.hardware_flops_per_step == pytest.approx(8 * plan.num_parameters * plan.tokens_per_step, rel=0.05)
+
+
+LLAMA3_405B = {
+    "num_layers": 126,
+    "hidden_size": 16384,
+    "num_attention_heads": 128,
+    "num_query_groups": 8,
+    "ffn_hidden_size": 53248,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rotary_base": 500000.0,
+}
+
+
+@pytest.mark.parametrize(("ranks", "data", "utilisation", "teraflops"), [(8192, 64, 43, 430), (16384, 128, 41, 400)])
+def test_llama3_405b(ranks, data, utilisation, teraflops):
+    """Llama Team 2024, "The Llama 3 Herd of Models" (arXiv 2407.21783), tables 3 and 4 and section 3.3.2."""
+    tree = {
+        "model": LLAMA3_405B,
+        "parallel": {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 16, "sequence_parallel": True},
+        "training": {"steps": 1},
+    }
+    raw = {"train_batch_size": 2048, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
+    plan = make_plan(run_config_from_dict(tree), deepspeed_config_from_dict(raw), ranks)
+    assert plan.num_parameters == 405_853_388_800
+    assert (plan.data_parallel_size, plan.num_microbatches) == (data, 2048 // data)
+    assert plan.tokens_per_step == 2**24  # "16M tokens per batch"
+    # "we reduced one Transformer layer each from the first and the last stages, respectively"
+    layers = [len(plan.transformer_layers_of_stage(stage)) for stage in range(16)]
+    assert layers == [7, *[8] * 14, 7]
+    # eq. 1 of arXiv 2104.04473 without interleaving
+    assert plan.pipeline_bubble == pytest.approx(15 / (2048 / data + 15))
+    assert_shards_add_up(plan)
+    assert teraflops / 989 * 100 == pytest.approx(utilisation, abs=0.6)
+    # the FLOPs of a step by the usual estimate, 6 per parameter and token, and the attention's on top
+    assert 1 < plan.flops_per_step / (6 * plan.num_parameters * plan.tokens_per_step) < 1.1
+
+
+@pytest.mark.parametrize("row", [row for row in SC21 if row[5] > 1], ids=lambda row: f"{row[0]}B")
+def test_idle_time_of_the_pipelines_at_sc21(row):
+    """Section 2.2.1: (p - 1) / m of the ideal time with p stages and m micro-batches of 1 sample."""
+    _, heads, hidden, layers, tp, pp, ranks, batch = row
+    plan = plan_of(heads, hidden, layers, tp, pp, ranks, batch)
+    of_ideal = (pp - 1) / (batch * tp * pp / ranks)
+    assert plan.pipeline_bubble == pytest.approx(of_ideal / (1 + of_ideal))
+    assert plan.pipeline_bubble < 0.7
