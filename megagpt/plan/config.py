@@ -223,7 +223,8 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Split norms and dropouts along the sequence over the tensor-parallel ranks."""
     expert_model_parallel_size: Positive = 1
-    """Data-parallel ranks that share the experts of a layer (EP); divides data-parallel size and model.num_experts."""
+    """Data-parallel ranks (context-parallel ones too) that share the experts of a layer (EP); divides their number and
+    model.num_experts."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach their experts: each rank gets its experts' tokens, or all tokens of the TP x EP ranks."""
     make_vocab_size_divisible_by: Positive = 128

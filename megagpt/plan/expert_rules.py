@@ -101,8 +101,9 @@ def _check_expert_parallel(run: RunConfig, world_size: int) -> list[str]:
     unit = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     data = world_size // unit
     if data >= 1 and world_size % unit == 0 and data % ways:
+        size = "data x context" if parallel.context_parallel_size > 1 else "data"
         problems.append(
-            f"the data-parallel size {data} ({world_size} ranks / {unit}) is not divisible by "
+            f"the {size}-parallel size {data} ({world_size} ranks / {unit}) is not divisible by "
             f"parallel.expert_model_parallel_size={ways}, as data-parallel ranks share the experts; use "
             f"{or_list(n for n in divisors(data) if experts % n == 0)}"
         )

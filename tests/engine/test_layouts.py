@@ -40,34 +40,6 @@ def engine_curve(plan) -> Curve:
     return train_under_deepspeed(plan)[0]
 
 
-# Models besides those of tiny.py: the model that they change, and how.
-TIED = {"untie_embeddings_and_output_weights": False}
-UNTIED = {"untie_embeddings_and_output_weights": True}
-SHAPES: dict[str, tuple[str, dict]] = {
-    "llama-tied": ("llama", TIED),
-    "gpt2-untied": ("gpt2", UNTIED),
-    # layers, heads and vocabulary that are odd
-    "odd": (
-        "llama",
-        {"num_layers": 7, "num_attention_heads": 3, "num_query_groups": 3, "kv_channels": 16, "vocab_size": 257},
-    ),
-    "odd-tied": (
-        "llama",
-        {
-            "num_layers": 7,
-            "num_attention_heads": 5,
-            "num_query_groups": 1,
-            "kv_channels": 16,
-            "vocab_size": 257,
-            **TIED,
-        },
-    ),
-    # key/value heads that several tensor-parallel ranks share
-    "one-group": ("llama", {"num_query_groups": 1, "add_qkv_bias": True}),
-    "two-groups": ("llama", {"num_attention_heads": 8, "num_query_groups": 2, **TIED}),
-    "5-layers": ("llama", {"num_layers": 5}),
-    "5-layers-tied": ("gpt2", {"num_layers": 5}),
-}
 # Model, optimizer and layout. Adam hides errors in the scale of gradients, so most use SGD with clipping.
 LAYOUTS = [
     ("llama", ADAM, {}),
@@ -119,10 +91,9 @@ LAYOUTS = [
 
 
 def plan_of(shape: str, optimizer: dict, tp=1, pp=1, dp=1, partition="uniform", **layout):
-    """The Plan of one of the LAYOUTS."""
-    model, keys = SHAPES.get(shape, (shape, {}))
-    sections = {"model": keys, "parallel": {"pipeline_partition": partition}}
-    return tiny_plan(model, optimizer, tp=tp, pp=pp, dp=dp, sections=sections, **layout)
+    """The Plan of one of the LAYOUTS; `shape` is a key of MODELS or SHAPES."""
+    sections = {"parallel": {"pipeline_partition": partition}}
+    return tiny_plan(shape, optimizer, tp=tp, pp=pp, dp=dp, sections=sections, **layout)
 
 
 @pytest.fixture(scope="module")
