@@ -37,7 +37,8 @@ def dataset(libraries, tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def trained(dataset, tmp_path_factory) -> Callable[[str], Path]:
-    """Checkpoint folder of a model by name, trained for some steps on TP2 x PP2 in fp32; each is trained once."""
+    """Checkpoint folder of a model by name, trained for some steps in fp32 on TP2 x PP2, or CP2 x PP2 for GPT-2; each is
+    trained once."""
     from ranks import run_ranks
     from tiny import ADAM, tiny_plan
 
@@ -47,7 +48,8 @@ def trained(dataset, tmp_path_factory) -> Callable[[str], Path]:
         if model not in folders:
             directory = tmp_path_factory.mktemp(model) / "checkpoints"
             sections = {"model": {"vocab_size": 300}, "data": dataset, "checkpoint": {"directory": str(directory)}}
-            plan = tiny_plan(model, dict(ADAM, lr=1e-2), tp=2, pp=2, steps=40, sections=sections)
+            layout = {"cp": 2, "pp": 2} if model == "gpt2" else {"tp": 2, "pp": 2}
+            plan = tiny_plan(model, dict(ADAM, lr=1e-2), steps=40, sections=sections, **layout)
             run_ranks(train_quietly, 4, plan)
             folders[model] = directory
         return folders[model]

@@ -1,4 +1,4 @@
-"""From a checkpoint of TP2 x PP2 to a Hugging Face folder that computes and says the same."""
+"""From a checkpoint of TP2 x PP2 or CP2 x PP2 to a Hugging Face folder that computes and says the same."""
 
 import json
 import shutil

@@ -287,13 +287,19 @@ def _replicas(plan: Plan, whose: str, parameters: int, size: int) -> Iterator[Tr
     weights = parameters * DTYPE_BYTES[plan.precision]
     if plan.zero_stage == 3:
         yield Transfer(f"{whose}gradients", group, "reduce_scatter", size, passes * gradients)
-        # Gathered for the forward and again for the backward pass; layers below the thresholds of the JSON stay.
+        # Gathered for the forward and again for the backward pass; layers below the thresholds of the JSON stay. The
+        # tied embedding is gathered as the head, too.
+        if not plan.model.untie_embeddings_and_output_weights:
+            rows = plan.padded_vocab_size // plan.tensor_parallel_size
+            weights += rows * plan.model.hidden_size * DTYPE_BYTES[plan.precision]
         yield Transfer(f"{whose}weights", group, "all_gather", size, 2 * passes * weights)
         return
     # Stage 2 keeps no whole gradients from one micro-batch to the next, so it reduces each one. DeepSpeed's default
     # reduces a bucket for all ranks at once, by an all-reduce: twice the bytes of a reduce-scatter.
     times = passes if plan.zero_stage == 2 else 1
     one_by_one = zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
+    if plan.precision == "bf16" and plan.zero_stage == 1 and plan.grad_accum_dtype == "fp32":
+        one_by_one = one_by_one and plan.deepspeed.offloads_optimizer  # DeepSpeed's BF16_Optimizer knows no such key
     collective = "reduce" if one_by_one else "all_reduce"
     yield Transfer(f"{whose}gradients", group, collective, size, times * gradients)
     yield Transfer(f"{whose}weights", group, "all_gather", size, weights)

@@ -80,7 +80,7 @@ class Reference:
     distance: float
     """2-norm of what all updates together changed."""
     rounding: Difference = NO_DIFFERENCE
-    """How far one process itself is off: of a run in fp32 the distance from fp64, of one in 16 bits that from fp32."""
+    """How far one process itself is off, at most: in fp32 its distance from fp64, in 16 bits that from fp32."""
 
 
 class _Progressions:
@@ -163,15 +163,17 @@ def measure_references(plans: list[Plan]) -> list[Reference]:
 def _measure_reference(plan: Plan) -> Reference:
     single = single_plan(plan)
     reference = _run(single, torch.float32)
-    if plan.precision == "fp32":
-        others = [_run_in_fp64(single)]
-    else:
-        # Samples are cut into micro-batches in other ways: the same mathematics, rounded otherwise. The load-balancing
-        # loss is taken per micro-batch, so that it would be other mathematics.
-        sizes = [plan.microbatch_size, 1, plan.global_batch_size]
-        sizes = list(dict.fromkeys(sizes))[: 1 if plan.model.num_experts else None]
-        others = [_run(single_plan(plan, plan.precision, size), _DTYPES[plan.precision]) for size in sizes]
-    rounding = [_difference(other, reference) for other in others]
+    exact = _run_in_fp64(single) if plan.precision == "fp32" else reference
+    # Samples are cut into micro-batches in other ways: the same mathematics, rounded otherwise. The load-balancing loss
+    # is taken per micro-batch, so that it would be other mathematics.
+    sizes = [plan.microbatch_size] if plan.model.num_experts else [plan.microbatch_size, 1, plan.global_batch_size]
+    others = [
+        reference
+        if plan.precision == "fp32" and size == plan.microbatch_size
+        else _run(single_plan(plan, plan.precision, size), _DTYPES[plan.precision])
+        for size in dict.fromkeys(sizes)
+    ]
+    rounding = [_difference(other, exact) for other in others]
     return dataclasses.replace(reference, rounding=Difference(*map(max, zip(*map(astuple, rounding), strict=True))))
 
 
@@ -185,7 +187,7 @@ def _difference(one: Reference, other: Reference) -> Difference:
     )
 
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _run_in_fp64(plan: Plan) -> Reference:

@@ -15,6 +15,7 @@ MAX_RANKS = 4
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 OFFLOAD_ALL = {**OFFLOAD, "offload_param": {"device": "cpu"}}
+ONE_BY_ONE = {"use_multi_rank_bucket_allreduce": False}
 FULL = {"recompute_granularity": "full"}
 
 
@@ -95,8 +96,8 @@ class Row:
 def _option(key: str, value: Any) -> str:
     if key in ("offload_optimizer", "offload_param"):
         return key
-    if value is True:
-        return key
+    if isinstance(value, bool):
+        return key if value else f"no {key}"
     return str(value) if key.startswith("recompute_") else f"{key} {value}"
 
 
@@ -224,6 +225,11 @@ ROWS: tuple[Row, ...] = (
         ("llama", "sgd", {"tp": 2, "dp": 2, "zero": 3, "zero_keys": OFFLOAD_ALL}),
         ("llama", "sgd", {"cp": 2, "dp": 2, "zero": 2, "zero_keys": OFFLOAD}),
         ("llama", "sgd", {"dp": 4, "zero": 3, "zero_keys": {"zero_hpz_partition_size": 2}}),
+        ("llama", "sgd", {"dp": 4, "zero_keys": ONE_BY_ONE}),
+        ("llama", "sgd", {"tp": 2, "dp": 2, "zero": 2, "zero_keys": ONE_BY_ONE}),
+        ("gpt2", "sgd", {"pp": 2, "dp": 2, "zero_keys": ONE_BY_ONE}),
+        ("gpt2", "sgd", {"pp": 2, "dp": 2, "zero_keys": {**OFFLOAD, **ONE_BY_ONE}}),
+        ("mixtral", "sgd", {"dp": 4, "ep": 2, "zero": 2, "zero_keys": ONE_BY_ONE}),
     ),
     *_rows(
         "Recomputation",

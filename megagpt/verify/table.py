@@ -140,13 +140,13 @@ most rows use SGD with a rate of 0.5.
   that of what the updates changed. Each stands before its bound.
 - **ok** says more: copies of weights on several ranks are equal bit for bit (so are both copies of a tied embedding),
   and the bytes of each kind of collective are those that the plan foretells.
-- **fp32's bound** is 1e-5 for loss and norm; 1e-4 for weights under SGD and 1e-2 under Adam, which divides by the size
-  of a gradient and so moves weights whose gradients nearly vanish. A layout adds up the same numbers in another order.
-  Where a model amplifies rounding, 1e-5 asks more than fp32 has: the bound is then twice the distance of the single
-  process itself from the same run in fp64, if that is larger.
-- **bf16's and fp16's bound** is {noise:g} times the largest distance between one process in that precision and one in
-  fp32, over runs that cut the global batch into micro-batches of 1, 2 and 8 (the same mathematics, rounded otherwise;
-  of models with experts one run, as their load-balancing loss is taken per micro-batch).
+- **Bounds** follow from what rounding does to one process: {noise:g} times the largest distance of a single process in
+  the row's precision from one in fp64 (of fp32 rows) or fp32 (of bf16 and fp16 rows), over runs that cut the global
+  batch into micro-batches of 1, 2 and 8. That is the same mathematics, rounded otherwise, as a layout is too. Of models
+  with experts it is one run, as their load-balancing loss is taken per micro-batch.
+- **fp32's bounds** are not less than 1e-5 for loss and norm, and for weights 1e-4 under SGD and 1e-2 under Adam, which
+  divides by the size of a gradient and so moves weights whose gradients nearly vanish. Few models need more: those
+  whose training amplifies rounding, where fp32 itself does not give the curve to 1e-5.
 - **falls**: by how much the loss falls in one process; a row whose model does not learn counts as missed.
 
 Verdict: {verdict}. Versions: {versions}.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -52,23 +52,22 @@ EXACT = Bounds(loss=1e-5, norm=1e-5, weights=1e-4)
 FP32 = Bounds(loss=1e-5, norm=1e-5, weights=1e-2)
 
 
-def bounds_for(plan: Plan, reference: Reference) -> Bounds:
-    """The bounds for a run's precision and optimizer.
+NOISE = 3.0
+"""How many times as far as one process itself a layout may be off: it is another draw of the same rounding, and the few
+runs of one process from which that is known are no more than that."""
 
-    A layout adds up the same numbers in another order. Where training amplifies rounding, what fp32 allows is not
-    1e-5 but what it does to one process: two fp32 runs that are each as far from fp64 differ by at most twice that.
-    Likewise 16-bit layouts may be `NOISE` times as far from fp32 as one process in 16 bits is.
+
+def bounds_for(plan: Plan, reference: Reference) -> Bounds:
+    """The bounds for a run's precision and optimizer: `NOISE` times what rounding does to one process.
+
+    In fp32 not less than 1e-5, which is what adding up the same numbers in another order does to most models.
     """
     rounding = reference.rounding
+    bounds = Bounds(NOISE * rounding.loss, NOISE * rounding.norm, NOISE * rounding.weights)
     if plan.precision != "fp32":
-        return Bounds(NOISE * rounding.loss, NOISE * rounding.norm, NOISE * rounding.weights)
+        return bounds
     least = EXACT if plan.run.optimizer.name == "sgd" else FP32
-    return Bounds(
-        max(least.loss, 2 * rounding.loss), max(least.norm, 2 * rounding.norm), max(least.weights, 2 * rounding.weights)
-    )
-
-
-NOISE = 3.0
+    return Bounds(*map(max, zip(astuple(least), astuple(bounds), strict=True)))
 
 
 def judge(plan: Plan, ranks: Sequence[RankMeasurement], reference: Reference) -> list[Verdict]:

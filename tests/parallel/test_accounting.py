@@ -177,6 +177,8 @@ def test_zero_moves_its_multiple_of_the_parameters(measured, stage, keys, share,
 
 
 FULL = {"recompute_granularity": "full"}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+TIED = {"model": {"untie_embeddings_and_output_weights": False}}
 ALLGATHER = {"parallel": {"moe_token_dispatcher_type": "allgather"}}
 LAYOUTS = [
     {"tp": 2},
@@ -197,9 +199,13 @@ LAYOUTS = [
     {"cp": 2, "pp": 2},
     {"dp": 2, "zero": 1, "zero_keys": {}},
     {"dp": 2, "zero": 1, "zero_keys": {"use_multi_rank_bucket_allreduce": False}},
+    {"dp": 2, "zero": 1, "precision": "bf16", "zero_keys": {"use_multi_rank_bucket_allreduce": False}},
+    {"dp": 2, "zero": 2, "precision": "bf16", "zero_keys": {"use_multi_rank_bucket_allreduce": False}},
+    {"dp": 2, "zero": 1, "precision": "bf16", "zero_keys": {**OFFLOAD, "use_multi_rank_bucket_allreduce": False}},
     {"dp": 2, "zero": 2, "zero_keys": {}},
     {"dp": 2, "zero": 3, "zero_keys": WHOLE_LAYERS},
     {"tp": 2, "dp": 2, "zero": 3, "precision": "bf16", "zero_keys": WHOLE_LAYERS},
+    {"dp": 2, "zero": 3, "zero_keys": WHOLE_LAYERS, "sections": TIED},
 ]
 
 
