@@ -39,7 +39,8 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], plan: Plan) -> to
     members: dict[tuple[bool, str], list[nn.Parameter]] = {}
     for _, parameter in named:
         expert_group = "" if getattr(parameter, "allreduce", True) else parameter.group_name  # type: ignore[attr-defined]
-        members.setdefault((parameter.ndim == 1, expert_group), []).append(parameter)
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves an empty tensor in place of the weight
+        members.setdefault((len(shape) == 1, expert_group), []).append(parameter)
     groups: list[dict[str, Any]] = []
     for is_exempt, expert_group in sorted(members):
         group = {"params": members[is_exempt, expert_group], "weight_decay": 0.0 if is_exempt else options.weight_decay}

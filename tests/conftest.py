@@ -37,8 +37,10 @@ def dataset(libraries, tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def trained(dataset, tmp_path_factory) -> Callable[[str], Path]:
-    """Checkpoint folder of a model by name, trained for some steps in fp32 on TP2 x PP2, or CP2 x PP2 for GPT-2; each is
-    trained once."""
+    """Checkpoint folder of a model by name, trained for some steps in fp32: GPT-2 on CP2 x PP2, others on TP2 x PP2.
+
+    Each is trained once.
+    """
     from ranks import run_ranks
     from tiny import ADAM, tiny_plan
 

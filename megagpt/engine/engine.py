@@ -4,7 +4,7 @@ PipelineEngine runs the list of layers when there is more than one stage; DeepSp
 module otherwise. Losses and norms stay on the device: nothing here waits for it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,16 +222,19 @@ class Engine:
         return value
 
 
-def named_parameters(module: nn.Module, plan: Plan, expert_rank: int = 0) -> Iterator[tuple[str, nn.Parameter]]:
+def named_parameters(
+    module: nn.Module, plan: Plan, expert_rank: int = 0, prefix: str = ""
+) -> Iterator[tuple[str, nn.Parameter]]:
     """Canonical name and parameter of a PipelineModule's stage or of a GPT.
 
     Args:
-        module: the stage, or the whole model.
+        module: the stage, the whole model, or a part of it.
         plan: gives the number of layers and of experts per rank.
         expert_rank: this process's expert-parallel rank.
+        prefix: name of the part in a GPT.
     """
     first_expert = expert_rank * (plan.model.num_experts or 0) // plan.expert_parallel_size
-    for name, parameter in module.named_parameters():
+    for name, parameter in module.named_parameters(prefix=prefix):
         yield canonical_name(name, plan.model.num_layers, first_expert), parameter
 
 
@@ -247,10 +250,12 @@ def build_engine(plan: Plan, ranks: Ranks) -> Engine:
             "kernels, but this host has no CUDA device; remove them here (the rest of ZeRO runs the same without)"
         )
     is_pipeline = plan.pipeline_parallel_size > 1
-    module: nn.Module = _pipeline_module(plan) if is_pipeline else GPT(plan)
-    initialize_weights(named_parameters(module, plan, ranks.expert_rank), plan, ranks.tensor_rank)
-    sum_partial_gradients(module, ranks)
-    tell_experts_to_deepspeed(module, plan, ranks)
+    module: nn.Module
+    if plan.is_cut_while_built:
+        module = GPT(plan, lambda prefix, layer: _finish_cut(prefix, layer, plan, ranks))
+    else:
+        module = _pipeline_module(plan) if is_pipeline else GPT(plan)
+        _finish("", module, plan, ranks)
     optimizer = build_optimizer(named_parameters(module, plan, ranks.expert_rank), plan)
     wrapped, *_ = deepspeed.initialize(
         model=module,
@@ -263,7 +268,29 @@ def build_engine(plan: Plan, ranks: Ranks) -> Engine:
     return Engine(plan, ranks, module, optimizer, wrapped)
 
 
-def sum_partial_gradients(module: nn.Module, ranks: Ranks) -> None:
+def _finish(prefix: str, module: nn.Module, plan: Plan, ranks: Ranks) -> None:
+    """Give a model, or the part of it that is called `prefix`, its weights and what DeepSpeed must know of them."""
+    named = named_parameters(module, plan, ranks.expert_rank, prefix)
+    whole = [(name, parameter) for name, parameter in named if not hasattr(parameter, "ds_id")]
+    initialize_weights(whole, plan, ranks.tensor_rank)
+    sum_partial_gradients([parameter for _, parameter in whole], ranks)
+    tell_experts_to_deepspeed(module, plan, ranks)
+
+
+def _finish_cut(prefix: str, layer: nn.Module, plan: Plan, ranks: Ranks) -> None:
+    """The same for one layer under ZeRO 3, which then keeps this rank's part of its weights only."""
+    _finish(prefix, layer, plan, ranks)
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.to(_DTYPES[plan.precision])  # as DeepSpeed does with models that are whole
+    deepspeed.zero.Init(
+        module=layer, data_parallel_group=ranks.gradient_group, config_dict_or_path=plan.engine_config(), mpu=ranks.mpu
+    )
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def sum_partial_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
     """Sum, over the tensor-parallel ranks, the gradients of whole parameters that work on a part of tokens or heads.
 
     Megatron-Core's optimizer would do it; DeepSpeed's do not. The hook sits on the tensor, before accumulation: summing
@@ -277,7 +304,7 @@ def sum_partial_gradients(module: nn.Module, ranks: Ranks) -> None:
 
     if ranks.tensor_size == 1:
         return
-    for parameter in module.parameters():
+    for parameter in parameters:
         if is_partial_over_tensor_ranks(parameter):
             parameter.register_hook(all_reduce)
 

@@ -1,5 +1,6 @@
 """A GPT as a list of pipeline layers, and the same list in one module."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,16 +50,27 @@ def pipeline_layers(plan: Plan) -> list[PipelineLayer]:
 
 
 class GPT(nn.Module):
-    """All pipeline layers in one module: for DeepSpeedEngine (PP = 1), tools and tests."""
+    """All pipeline layers in one module: for DeepSpeedEngine (PP = 1), tools and tests.
 
-    def __init__(self, plan: Plan):
+    Args:
+        plan: the architecture.
+        finish: called with the prefix of its parameters' names and each layer, before the next one is built.
+    """
+
+    def __init__(self, plan: Plan, finish: Callable[[str, nn.Module], None] = lambda prefix, layer: None):
         super().__init__()
+
+        def build(layer: PipelineLayer, **extra: Any) -> nn.Module:
+            module = layer.build(**extra)
+            finish(layer.prefix, module)
+            return module
+
         first, *middle, norm, last = pipeline_layers(plan)
-        self.embedding = first.build()
-        self.layers = nn.ModuleList(layer.build() for layer in middle)
+        self.embedding = build(first)
+        self.layers = nn.ModuleList(build(layer) for layer in middle)
         self._runs = with_recomputation(list(self.layers), plan)
-        self.final_norm = norm.build()
-        self.head = last.build(word_embeddings=self.embedding.word_embeddings) if last.tied else last.build()
+        self.final_norm = build(norm)
+        self.head = build(last, word_embeddings=self.embedding.word_embeddings) if last.tied else build(last)
 
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
         """Loss of a micro-batch if labels are given, else logits.

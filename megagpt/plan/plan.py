@@ -28,6 +28,7 @@ from megagpt.plan.layout import (
 from megagpt.plan.nearest import nearest_layout
 from megagpt.plan.recompute import recomputed_layers
 from megagpt.plan.rules import check_all
+from megagpt.plan.zero import is_zero_plus_plus
 
 NEVER = 1 << 60  # steps between DeepSpeed's own progress lines: ours replace them
 
@@ -117,6 +118,12 @@ class Plan:
     def transformer_layers_of_stage(self, stage: int) -> range:
         """Transformer layers of one pipeline stage, counted from 0 over the whole model."""
         return transformer_layers_of_stage(self.stage_bounds, stage)
+
+    @property
+    def is_cut_while_built(self) -> bool:
+        """Whether ZeRO 3 cuts each layer before the next one is built. ZeRO++ cuts a model that is whole: its second
+        cuts are made by the engine."""
+        return self.zero_stage == 3 and not is_zero_plus_plus(self.deepspeed)
 
     def engine_config(self) -> dict[str, Any]:
         """What is handed to `deepspeed.initialize`: a copy of the JSON with everything resolved."""
@@ -280,10 +287,10 @@ def _notes(run: RunConfig, deepspeed: DeepSpeedConfig, batch: Batch) -> list[str
             "ZeRO stage 0 runs as stage 1: DeepSpeed's stage 0 reports wrong gradient norms under tensor or pipeline "
             "parallelism and fails in 16 bit; the results are the same"
         )
-    if deepspeed.zero_stage == 3:
+    if deepspeed.zero_stage == 3 and is_zero_plus_plus(deepspeed):
         gib = 4 * count_parameters(run.model) / run.parallel.tensor_model_parallel_size / (1 << 30)
         notes.append(
-            f"ZeRO stage 3: each rank first builds its whole tensor-parallel part in fp32 ({gib:,.1f} GiB) and then "
+            f"ZeRO++: each rank first builds its whole tensor-parallel part in fp32 ({gib:,.1f} GiB) and then "
             "splits it; that much must fit on a rank at the start"
         )
     stages, microbatches = run.parallel.pipeline_model_parallel_size, batch.num_microbatches

@@ -286,7 +286,7 @@ ROWS: tuple[Row, ...] = (
             ("gpt2", "adamw", {"tp": 2, "pp": 2, "zero_keys": OFFLOAD}),
             ("mixtral", "sgd", {"dp": 2, "ep": 2, "zero": 2}),
             ("shared_expert", "adamw", {"tp": 2, "sp": True, "dp": 2, "ep": 2}),
-            ("shared_expert", "sgd", {"pp": 2, "dp": 2, "ep": 2}),
+            ("shared_expert", "adamw", {"pp": 2, "dp": 2, "ep": 2}),
         )
     ),
 )
