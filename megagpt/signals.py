@@ -1,4 +1,4 @@
-"""Ask a run to stop: a signal to any rank lets all ranks save together and leave.
+"""Ask a run to stop: the signals that a scheduler sends are remembered until the ranks ask.
 
 No torch here: the handlers are installed before the heavy imports, so that no signal is lost.
 """
@@ -6,13 +6,6 @@ No torch here: the handlers are installed before the heavy imports, so that no s
 import signal
 from collections.abc import Iterable
 from types import FrameType
-from typing import Protocol
-
-
-class Agreement(Protocol):
-    """What is needed of the ranks."""
-
-    def any(self, flag: bool) -> bool: ...
 
 
 class StopSignal:
@@ -29,7 +22,3 @@ class StopSignal:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-
-    def agreed_by(self, ranks: Agreement) -> bool:
-        """True on all ranks if any of them has been asked to stop; collective."""
-        return ranks.any(self.received is not None)

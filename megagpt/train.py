@@ -11,11 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from megagpt.errors import ConfigError, DataError, LaunchError, MegagptError, TrainingError, run_command
 from megagpt.parallel.console import Console, quiet_libraries
 from megagpt.parallel.launch import Launch, detect_launch
 from megagpt.plan import Plan, load_deepspeed_config, load_run_config, make_plan
 from megagpt.signals import StopSignal
+from megagpt.supervise.deadline import Deadline, end_of_job
+from megagpt.supervise.stopping import Stopping
 
 if TYPE_CHECKING:
     from megagpt.checkpoint import Checkpoints, TrainState
@@ -42,8 +46,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     """Plan first, then everything that costs time."""
-    args = parse_arguments()
     stop = StopSignal()
+    args = parse_arguments()
     launch = detect_launch()
     quiet_libraries(args.verbose)
     try:
@@ -197,6 +201,7 @@ def train(
     from megagpt.data.loader import train_batches
     from megagpt.metrics import Meter
     from megagpt.optim import learning_rate
+    from megagpt.parallel.consensus import Consensus
 
     run, total_steps = plan.run, plan.run.training.steps
     restored = checkpoints.restore_latest()
@@ -209,11 +214,16 @@ def train(
         data_parallel_rank=ranks.data_rank,
         data_parallel_size=ranks.data_size,
     )
+    votes = Consensus(ranks, width=2)
+    stopping = Stopping(stop, _deadline(plan, ranks), votes)
     with contextlib.closing(Meter(plan, console, first_step=state.step)) as meter:
         evaluate_split = _evaluator(plan, ranks, engine, data, meter)
         if restored is None and run.training.eval_interval:
             evaluate_split("validation", state.step)
-        while state.step < total_steps:
+        reason = stopping.before_the_first_step()
+        if reason is not None:
+            meter.say(f"{meter.at(state.step)}  {reason} before the first step; the same command goes on from here")
+        while state.step < total_steps and reason is None:
             rate = learning_rate(state.step, plan)
             result = engine.train_step(batches, rate)
             state = state.advance(samples=plan.global_batch_size, skipped=result.skipped)
@@ -221,6 +231,8 @@ def train(
             is_last = state.step == total_steps
             evaluates = is_last or due(state.step, run.training.eval_interval)
             saves = is_last or due(state.step, run.checkpoint.save_interval)
+            reason = None if is_last else stopping.after_step()
+            saves = saves or reason is not None
             reports = evaluates or saves or due(state.step, run.logging.interval)
             if reports:  # before a save: what is recorded up to a checkpoint survives a kill, and is finite
                 meter.report(engine.expert_figures())
@@ -228,13 +240,19 @@ def train(
                 evaluate_split("validation", state.step)
             if is_last:
                 evaluate_split("test", state.step)
-            stopping = reports and not is_last and stop.agreed_by(ranks)
-            if saves or stopping:
-                _save(checkpoints, state, meter)
-            if stopping:
-                meter.say(f"{meter.at(state.step)}  stopped by a signal; {_way_on(plan)}")
-                break
+            if saves:
+                stopping.note_save(_save(checkpoints, state, meter))
+            if reason is not None:
+                meter.say(f"{meter.at(state.step)}  {reason}; {_way_on(plan)}")
+    votes.close()
     return state
+
+
+def _deadline(plan: Plan, ranks: "Ranks") -> Deadline:
+    """What rank 0 knows of the scheduler, and this process's own start."""
+    minutes = plan.run.supervision.stop_after_minutes
+    started = psutil.Process().create_time()
+    return Deadline(end_of_job() if ranks.rank == 0 else None, None if minutes is None else started + 60 * minutes)
 
 
 def _way_on(plan: Plan) -> str:
@@ -267,13 +285,14 @@ def _evaluator(
     return evaluate_split
 
 
-def _save(checkpoints: "Checkpoints", state: "TrainState", meter: "Meter") -> None:
+def _save(checkpoints: "Checkpoints", state: "TrainState", meter: "Meter") -> float:
     started = time.monotonic()
     folder = checkpoints.save(state, meter.latest)
     seconds = time.monotonic() - started
     if folder is not None:
         meter.say(f"{meter.at(state.step)}  saved {folder} in {seconds:.1f} s")
     meter.pause(seconds)
+    return seconds
 
 
 if __name__ == "__main__":

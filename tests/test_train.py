@@ -1,15 +1,19 @@
 """The train loop from the command's point of view: what it prints, writes, survives and resumes."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 from ranks import RankFailedError, run_ranks
 from tiny import ADAM, SGD, tiny_plan
+
+from megagpt.plan.config import SupervisionConfig
 
 pytestmark = pytest.mark.usefixtures("libraries")
 
@@ -207,10 +211,36 @@ def test_a_stopped_run_without_checkpoints_says_so(dataset, tmp_path):
     ((code, said, warned),) = run_ranks(train, 1, plan, lambda step: os.kill(os.getpid(), signal.SIGUSR1))
     assert code == 0
     assert said.splitlines()[-1] == (
-        "step 4/6  stopped by a signal; nothing was saved, as checkpoint.directory is not set"
+        "step 1/6  stopped by a signal; nothing was saved, as checkpoint.directory is not set"
     )
     assert warned == "warning: checkpoint.directory is not set: nothing will be saved\n"
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_run_stops_in_time_before_its_limit(dataset, tmp_path, ranks):
+    import psutil
+
+    layout = dict(tp=2, pp=2) if ranks == 4 else {}
+    plan = plan_in(tmp_path, dataset, steps=10_000, **layout)
+    # ends some seconds from now, of which a first save is taken for 75
+    minutes = (time.time() - psutil.Process().create_time() + 75 + 4) / 60
+    plan = dataclasses.replace(
+        plan, run=plan.run.model_copy(update={"supervision": SupervisionConfig(stop_after_minutes=minutes)})
+    )
+    outputs = run_ranks(train_as_if_started_with_the_parent, ranks, plan, psutil.Process().create_time())
+    assert [code for code, *_ in outputs] == [0] * ranks
+    last = outputs[0][1].splitlines()[-1]
+    assert last.endswith("/10,000  stopped before the time limit; the same command goes on from here")
+    steps = int(last.split()[1].split("/")[0].replace(",", ""))
+    assert saved(tmp_path) == [f"step-{steps:08d}"]
+
+
+def train_as_if_started_with_the_parent(plan, started: float) -> tuple[int, str, str]:
+    import psutil
+
+    psutil.Process.create_time = lambda self: started
+    return train(plan)
 
 
 def test_a_diverged_run_stops_and_keeps_its_good_checkpoints(dataset, tmp_path):

@@ -281,6 +281,13 @@ class LoggingConfig(Section):
     """Folder for metrics.jsonl and TensorBoard files; None: progress lines only."""
 
 
+class SupervisionConfig(Section):
+    """How a run that nobody watches is stopped in time, kept from harm and ended when it is stuck."""
+
+    stop_after_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Save and stop in time to have left this long after the start; Slurm's own time limit is known without."""
+
+
 class RunConfig(Section):
     """One training run."""
 
@@ -291,6 +298,7 @@ class RunConfig(Section):
     training: TrainingConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -1,0 +1,1 @@
+"""What keeps a run alive that nobody watches, or ends it with the right words."""
