@@ -1,7 +1,7 @@
 """The `data` section of the run config."""
 
 from pathlib import PurePath
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, Strict
 
@@ -75,6 +75,16 @@ class DataConfig(Section):
         if self.prefix is None:
             return self.datasets
         return (DatasetConfig(prefix=self.prefix, name=""),)
+
+    def mixture_until(self, tokens: int) -> dict[str, Any]:
+        """The keys that decide how the first `tokens` tokens of a run are mixed, without where the datasets lie."""
+        amounts = [entry.model_dump(include={"weight", "epochs", "tokens"}) for entry in self.datasets]
+        given = [
+            {"name": entry.label, **{key: value for key, value in amount.items() if value is not None}}
+            for entry, amount in zip(self.datasets, amounts, strict=True)
+        ]
+        stages = [stage.model_dump() for stage in self.stages if stage.from_tokens < tokens]
+        return {"datasets": given, "temperature": self.temperature, "stages": stages}
 
     @property
     def has_held_out_files(self) -> bool:

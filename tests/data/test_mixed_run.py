@@ -4,10 +4,11 @@ import json
 
 import pytest
 from conftest import train_quietly
-from ranks import run_ranks
+from ranks import RankFailedError, run_ranks
 from tiny import ADAM, tiny_plan
 
 from megagpt.data.indexed import IndexedWriter
+from megagpt.plan.data_config import DataConfig
 
 pytestmark = pytest.mark.usefixtures("libraries")
 
@@ -23,9 +24,9 @@ def prefixes(tmp_path_factory):
     return [str(folder / name) for name in ("sevens", "others")]
 
 
-def train_in(folder, prefixes, steps):
+def train_in(folder, prefixes, steps, weight=0.9):
     data = {
-        "datasets": [{"prefix": prefixes[0], "weight": 0.9}, {"prefix": prefixes[1], "weight": 0.1}],
+        "datasets": [{"prefix": prefixes[0], "weight": weight}, {"prefix": prefixes[1], "weight": 0.1}],
         "stages": [{"from_tokens": 3 * 8 * 32, "weights": {"others": 1.0}}],
         "split": [80, 10, 10],
     }
@@ -56,3 +57,13 @@ def test_losses_per_dataset_and_a_resumed_curriculum(prefixes, tmp_path):
     parts = train_in(tmp_path / "parts", prefixes, 6)
     losses = [[r["loss"] for r in records if r["split"] == "train"] for records in (whole, parts)]
     assert losses[0] == losses[1]
+
+    with pytest.raises(RankFailedError, match=r"another dataset: data\.datasets=.*'sevens', 'weight': 0\.5"):
+        train_in(tmp_path / "parts", prefixes, 8, weight=0.5)
+
+
+def test_a_stage_may_be_added_behind_what_was_read():
+    stage = {"from_tokens": 100, "weights": {"a": 1.0}}
+    short, long = ({"datasets": [{"prefix": "x/a"}], "stages": stages} for stages in ([], [stage]))
+    assert DataConfig(**short).mixture_until(100) == DataConfig(**long).mixture_until(100)
+    assert DataConfig(**short).mixture_until(101) != DataConfig(**long).mixture_until(101)
