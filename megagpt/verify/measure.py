@@ -254,9 +254,10 @@ def _clip(parameters: list[nn.Parameter], limit: float) -> float:
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads))
-    if limit and norm > limit:
+    factor = limit / (norm + 1e-6)  # as torch and DeepSpeed have it
+    if limit and factor < 1:
         for grad in grads:
-            grad.mul_(limit / norm)
+            grad.mul_(factor)
     return norm
 
 

@@ -39,7 +39,7 @@ class MeasuredRow:
         """What is not as in one process; [] for a good row."""
         if self.failure:
             return [self.failure]
-        learns = [] if self.fall > 0.15 else [f"loss falls by {self.fall:.2f} only"]
+        learns = [] if self.fall > 0.1 else [f"loss falls by {self.fall:.2f} only"]
         return [*(verdict.quantity for verdict in self.verdicts if not verdict.passed), *learns]
 
 
