@@ -88,7 +88,7 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         )
         return 0
     from megagpt.data.fingerprint import fingerprints
-    from megagpt.data.run_data import open_data
+    from megagpt.data.run_data import damaged_datasets, open_data
 
     model, training = plan.model, plan.run.training
     data = open_data(plan.run.data, model.vocab_size, plan.seq_length, training.seed)
@@ -98,6 +98,8 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
 
         ranks = start_ranks(plan, launch)
         require_writable_folders(plan, ranks)
+        if damaged := ranks.broadcast_object(damaged_datasets(plan.run.data) if ranks.rank == 0 else []):
+            raise DataError("\n".join(damaged))
         from megagpt.checkpoint import Checkpoints
         from megagpt.engine import build_engine
 
