@@ -20,6 +20,7 @@ from megagpt.plan.layout import (
     norms_of_layer,
     stage_expert_parameters_per_rank,
     stage_parameters_per_rank,
+    transformer_layer_parameters,
 )
 from megagpt.plan.plan import Plan
 from megagpt.plan.recompute import layer_runs
@@ -287,12 +288,14 @@ def _replicas(plan: Plan, whose: str, parameters: int, size: int) -> Iterator[Tr
     weights = parameters * DTYPE_BYTES[plan.precision]
     if plan.zero_stage == 3:
         yield Transfer(f"{whose}gradients", group, "reduce_scatter", size, passes * gradients)
-        # Gathered for the forward and again for the backward pass; layers below the thresholds of the JSON stay. The
-        # tied embedding is gathered as the head, too.
-        if not plan.model.untie_embeddings_and_output_weights:
-            rows = plan.padded_vocab_size // plan.tensor_parallel_size
-            weights += rows * plan.model.hidden_size * DTYPE_BYTES[plan.precision]
-        yield Transfer(f"{whose}weights", group, "all_gather", size, 2 * passes * weights)
+        # Gathered for the forward and again for the backward pass; layers below the thresholds of the JSON stay.
+        tensor, gathered = plan.tensor_parallel_size, 2 * parameters
+        if not plan.model.untie_embeddings_and_output_weights:  # as the head, too
+            gathered += 2 * plan.padded_vocab_size // tensor * plan.model.hidden_size
+        for layer, forwards in enumerate(_forwards_by_layer(plan, 0)):  # once more where it is recomputed
+            gathered += (forwards - 1) * transformer_layer_parameters(plan.model, tensor, layer)
+        gathered *= passes * DTYPE_BYTES[plan.precision]
+        yield Transfer(f"{whose}weights", group, "all_gather", size, gathered)
         return
     # Stage 2 keeps no whole gradients from one micro-batch to the next, so it reduces each one. DeepSpeed's default
     # reduces a bucket for all ranks at once, by an all-reduce: twice the bytes of a reduce-scatter.

@@ -206,6 +206,7 @@ LAYOUTS = [
     {"dp": 2, "zero": 3, "zero_keys": WHOLE_LAYERS},
     {"tp": 2, "dp": 2, "zero": 3, "precision": "bf16", "zero_keys": WHOLE_LAYERS},
     {"dp": 2, "zero": 3, "zero_keys": WHOLE_LAYERS, "sections": TIED},
+    {"dp": 2, "zero": 3, "zero_keys": WHOLE_LAYERS, "recompute": FULL},
 ]
 
 
