@@ -193,7 +193,8 @@ def _experts(plan: Plan, stage: int) -> Iterator[Transfer]:
     counts = [times for layer, times in forward_counts if model.has_experts(layer)]
     forwards, backwards = passes * sum(counts), passes * len(counts)
     tokens = plan.chunk_length * plan.microbatch_size // tensor
-    row, weight = model.hidden_size * DTYPE_BYTES[plan.precision], 4  # weights of experts are fp32
+    # Weights of experts are fp32, and so are the sums of what the ranks make of a token.
+    row, summed, weight = model.hidden_size * DTYPE_BYTES[plan.precision], model.hidden_size * 4, 4
     # See `parallel/accounting.py`: a group is called by the smallest one that it lies in.
     among_experts = "context" if context > 1 and ways <= context else "data"
     both = "world" if tensor > 1 and ways > 1 else "tensor" if tensor > 1 else among_experts
@@ -205,9 +206,10 @@ def _experts(plan: Plan, stage: int) -> Iterator[Transfer]:
         all_tokens = tokens * tensor * ways
         weights = all_tokens * model.num_experts * weight
         chosen = all_tokens * model.num_experts * forwards  # one byte each
-        moved = (forwards + backwards) * all_tokens * row
-        yield Transfer("tokens to experts", both, "all_gather", tensor * ways, moved + forwards * weights + chosen)
-        yield Transfer("tokens from experts", both, "reduce_scatter", tensor * ways, moved + backwards * weights)
+        there = all_tokens * (forwards * row + backwards * summed) + forwards * weights + chosen
+        back = all_tokens * (forwards * summed + backwards * row) + backwards * weights
+        yield Transfer("tokens to experts", both, "all_gather", tensor * ways, there)
+        yield Transfer("tokens from experts", both, "reduce_scatter", tensor * ways, back)
         return
     counted = 8 * model.num_experts * tensor * ways * forwards
     yield Transfer("tokens per expert", both, "all_gather", tensor * ways, counted)
@@ -215,8 +217,8 @@ def _experts(plan: Plan, stage: int) -> Iterator[Transfer]:
     exchanged = (forwards + backwards) * sent * (2 * row + weight)
     yield Transfer("tokens to and from experts", among_experts, "all_to_all", ways, exchanged)
     gathered = sent * tensor
-    moved = (forwards + backwards) * gathered * row
-    there, back = moved + forwards * gathered * weight, moved + backwards * gathered * weight
+    there = gathered * (forwards * (row + weight) + backwards * summed)
+    back = gathered * (forwards * summed + backwards * (row + weight))
     yield Transfer("tokens to parts of experts", "tensor", "all_gather", tensor, there, is_uneven=True)
     yield Transfer("tokens from parts of experts", "tensor", "reduce_scatter", tensor, back, is_uneven=True)
 

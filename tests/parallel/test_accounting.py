@@ -218,7 +218,8 @@ EXPERT_LAYOUTS = [
     {"model": "mixtral", "dp": 4, "ep": 2},
     {"model": "mixtral", "cp": 2, "dp": 2, "ep": 4},
     {"model": "mixtral", "cp": 2, "tp": 2, "sp": True, "ep": 2},
-    {"model": "shared_expert", "tp": 2, "dp": 2, "ep": 2, "sp": True, "sections": ALLGATHER},
+    {"model": "shared_expert", "tp": 2, "dp": 2, "ep": 2, "sp": True, "sections": ALLGATHER, "precision": "bf16"},
+    {"model": "mixtral", "tp": 2, "dp": 2, "ep": 2, "sp": True, "precision": "bf16"},
 ]
 
 
