@@ -67,6 +67,7 @@ class Prefetched:
         if self._pins:
             torch.cuda.set_device(self._device)  # a thread begins with the first GPU, which may be another rank's
         while not self._closing.is_set():
+            found: object
             try:
                 found = self._prepared(next(self._batches))
             except StopIteration:

@@ -127,13 +127,13 @@ def random_numbers(samples: int) -> list[int]:
 def megagpt_side(prefixes: list[str], samples: int, _: str) -> Cost:
     """This project: a stream over one dataset, or a mixture of several."""
     from megagpt.data.run_data import open_data
-    from megagpt.plan.data_config import DataConfig
+    from megagpt.plan.data_config import DataConfig, DatasetConfig
 
     def open_reader():
         if len(prefixes) == 1:
             config = DataConfig(prefix=prefixes[0], split=(1.0, 0.0, 0.0))
         else:
-            entries = [{"prefix": prefix, "weight": float(i + 1)} for i, prefix in enumerate(prefixes)]
+            entries = tuple(DatasetConfig(prefix=prefix, weight=float(i + 1)) for i, prefix in enumerate(prefixes))
             config = DataConfig(datasets=entries, split=(1.0, 0.0, 0.0))
         return open_data(config, VOCABULARY, SEQ_LENGTH, seed=1234).train.sample
 
