@@ -286,14 +286,12 @@ def _finish(prefix: str, module: nn.Module, plan: Plan, ranks: Ranks) -> None:
 def _finish_cut(prefix: str, layer: nn.Module, plan: Plan, ranks: Ranks) -> None:
     """The same for one layer under ZeRO 3, which then keeps this rank's part of its weights only."""
     _finish(prefix, layer, plan, ranks)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.precision]
     for parameter in layer.parameters():
-        parameter.data = parameter.data.to(_DTYPES[plan.precision])  # as DeepSpeed does with models that are whole
+        parameter.data = parameter.data.to(dtype)  # as DeepSpeed does with models that are whole
     deepspeed.zero.Init(
         module=layer, data_parallel_group=ranks.gradient_group, config_dict_or_path=plan.engine_config(), mpu=ranks.mpu
     )
-
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def sum_partial_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
