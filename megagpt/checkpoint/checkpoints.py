@@ -337,7 +337,7 @@ def require_same_model(reader: CheckpointReader, plan: Plan) -> None:
     Raises:
         CheckpointError: it does not; the message lists the keys that differ.
     """
-    skipped = {"preset", "hidden_dropout", "attention_dropout"}
+    skipped = {"preset", "init_from", "hidden_dropout", "attention_dropout"}
     there, here = reader.run.model.model_dump(), plan.model.model_dump()
     differing = [key for key in here if key not in skipped and here[key] != there[key]]
     if differing:
