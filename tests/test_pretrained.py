@@ -1,5 +1,7 @@
 """Training starts from a Hugging Face folder on any layout, and goes on from its own checkpoints."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -27,6 +29,14 @@ def folder(tmp_path) -> Path:
     return tmp_path / "hf"
 
 
+def train_and_listen(plan) -> str:
+    """Train, and return what this rank says."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        train_quietly(plan)
+    return said.getvalue()
+
+
 def losses(folder: Path) -> list[float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
@@ -42,9 +52,8 @@ def plan_from(folder: Path, dataset: dict, runs: Path, steps: int = 3, **layout)
     return tiny_plan("llama", SGD, steps=steps, sections=sections, **layout)
 
 
-def test_any_layout_starts_from_the_folder_and_resumes_from_its_own(folder, dataset, tmp_path, capfd):
-    run_ranks(train_quietly, 1, plan_from(folder, dataset, tmp_path / "one"))
-    said = capfd.readouterr().out
+def test_any_layout_starts_from_the_folder_and_resumes_from_its_own(folder, dataset, tmp_path):
+    [said] = run_ranks(train_and_listen, 1, plan_from(folder, dataset, tmp_path / "one"))
     assert f"started from {folder} (llama, float32)" in said
     assert "note: 10 new tokens (model.vocab_size=300, 290 there) start at the mean of the others" in said
     run_ranks(train_quietly, 4, plan_from(folder, dataset, tmp_path / "four", tp=2, pp=2, sp=True))
@@ -59,9 +68,7 @@ def test_any_layout_starts_from_the_folder_and_resumes_from_its_own(folder, data
     assert abs(losses(tmp_path / "random")[0] - expected[0]) > 1e-2, "the folder's weights matter"
     more = plan_from(folder, dataset, tmp_path / "four", steps=4)
     shutil.rmtree(folder)
-    capfd.readouterr()
-    run_ranks(train_quietly, 1, more)
-    said = capfd.readouterr().out
+    [said] = run_ranks(train_and_listen, 1, more)
     assert "resumed from" in said
     assert "started from" not in said
 

@@ -98,6 +98,34 @@ class CheckpointReader:
             return self._stored_shard(name, kind, 0 if partition.dim is None else tensor_rank)
         return partition.shard(self.full(name, kind), tensor_rank, tensor_size, padded_vocab_size)
 
+    def vocabulary_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows of an embedding or head, in the type that they are stored in, without reading the rest of it.
+
+        Args:
+            name: canonical name of a parameter whose rows are tokens.
+            first: first token.
+            last: one past the last token; at most the vocabulary's size.
+
+        Raises:
+            CheckpointError: as for `full`.
+        """
+        share, width = self._shard_shape(name)
+        rows = []
+        for rank in range(first // share, -(-last // share)):
+            begin, end = max(first - rank * share, 0) * width, min(last - rank * share, share) * width
+            for piece in sorted(self.manifest.parameters[name].pieces, key=lambda piece: piece.start):
+                start, stop = max(begin, piece.start), min(end, piece.stop)
+                if piece.tensor_rank == rank and start < stop:
+                    with self._open(piece.file) as file:
+                        stored = file.get_slice(f"weight/{name}")
+                        rows.append(stored[start - piece.start : stop - piece.start])
+        flat = torch.cat(rows) if rows else torch.empty(0)
+        if flat.numel() != (last - first) * width:
+            raise CheckpointError(
+                f"{self.folder}: not all of rows {first} to {last - 1} of {name} are here; use another checkpoint"
+            )
+        return flat.reshape(-1, width)
+
     def rng(self, rank: int) -> dict[str, Tensor]:
         """Random states of one rank."""
         prefix = "rng/"

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +29,10 @@ BLOCK_BYTES = 16 << 20
 """Rows that are only looked through are read in pieces of about this size."""
 
 
-class _Tensors(Protocol):
+class Tensors(Protocol):
     """Tensors of one file."""
+
+    tensors: Any
 
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> torch.dtype: ...
@@ -66,12 +68,16 @@ class _PickledTensors:
         return (tensor if columns is None else tensor[:, slice(*columns)]).clone()
 
 
-def _open_files(folder: Path, allow_pickle: bool) -> dict[str, tuple[_Tensors, str]]:
-    """Name in the files -> file, and the name there."""
+def open_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, tuple[Tensors, str]]:
+    """All tensors of a folder: name -> file, and the name there.
+
+    Raises:
+        ConversionError: there are none, or a file or the index is damaged.
+    """
     if (folder / _INDEX).is_file():
         return _open_indexed(folder)
     paths = [folder / _SINGLE] if (folder / _SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
-    files: list[_Tensors] = [SafetensorsFile(path) for path in paths]
+    files: list[Tensors] = [SafetensorsFile(path) for path in paths]
     if not files:
         pickles = sorted({path for pattern in _PICKLES for path in folder.glob(pattern)})
         if not pickles:
@@ -83,16 +89,16 @@ def _open_files(folder: Path, allow_pickle: bool) -> dict[str, tuple[_Tensors, s
                 "tools/convert_from_hf.py --allow-pickle, which loads plain tensors only"
             )
         files = [_PickledTensors(path) for path in pickles]
-    found: dict[str, tuple[_Tensors, str]] = {}
+    found: dict[str, tuple[Tensors, str]] = {}
     for file in files:
-        for name in file.tensors:  # type: ignore[attr-defined]
+        for name in file.tensors:
             if name in found:
                 raise ConversionError(f"{folder}: {name} is in two files; remove those that do not belong to the model")
             found[name] = (file, name)
     return found
 
 
-def _open_indexed(folder: Path) -> dict[str, tuple[_Tensors, str]]:
+def _open_indexed(folder: Path) -> dict[str, tuple[Tensors, str]]:
     path = folder / _INDEX
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
@@ -130,10 +136,10 @@ class HfWeights:
         self.model = ModelConfig.model_validate(keys)
         """The folder's model, with the vocabulary of its files."""
         self.family = _family(name, self.model, self.folder)
-        self._tensors = self._known(_open_files(self.folder, allow_pickle))
+        self._tensors = self._known(open_tensors(self.folder, allow_pickle))
         self._check()
 
-    def _known(self, stored: dict[str, tuple[_Tensors, str]]) -> dict[str, tuple[_Tensors, str]]:
+    def _known(self, stored: dict[str, tuple[Tensors, str]]) -> dict[str, tuple[Tensors, str]]:
         """Without buffers and without the copy of a tied head, under the names of a whole model."""
         wanted = self.family.sources(self.model)
         found = {name: place for name, place in stored.items() if not _BUFFERS.search(name) or name in wanted}

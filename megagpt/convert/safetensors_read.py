@@ -110,7 +110,7 @@ class SafetensorsFile:
         return part
 
     def _read_into(self, tensor: Tensor, offset: int) -> None:
-        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
+        view = tensor.reshape(-1).view(torch.uint8).numpy().data
         while len(view):
             try:
                 count = os.preadv(self._descriptor, [view[: 1 << 30]], offset)
