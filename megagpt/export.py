@@ -34,6 +34,7 @@ def export_checkpoint(
     overwrite: bool = False,
     family: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    workers: int = 1,
 ) -> Export:
     """Write a checkpoint's model as a Hugging Face folder and compare its logits with the trained model's.
 
@@ -45,6 +46,7 @@ def export_checkpoint(
         overwrite: replace an earlier export.
         family: name of the family to export to; default: the first that expresses the model.
         max_shard_bytes: largest weight file.
+        workers: processes that write weight files side by side; the bytes do not depend on it.
 
     Returns:
         The export; its certificate compares with AGAINST_MODEL and AGAINST_TRAINING.
@@ -81,6 +83,7 @@ def export_checkpoint(
         read_rows=reader.vocabulary_rows,
         certify=lambda folder: certify(folder, reader, dtype),
         family=None if family is None else _family(family, reader),
+        workers=workers,
     )
 
 

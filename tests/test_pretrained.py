@@ -39,7 +39,7 @@ def train_and_listen(plan) -> str:
 
 def losses(folder: Path) -> list[float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line["loss"] for line in lines if "grad_norm" in line]
 
 
 def plan_from(folder: Path, dataset: dict, runs: Path, steps: int = 3, **layout):

@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="tokenizer file (default: the one that the run was trained with)")
     parser.add_argument("--family", help="transformers' model_type (default: the first that expresses the model)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest weight file (default: 5)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that write weight files side by side")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--verbose", action="store_true", help="show the libraries' warnings")
     args = parser.parse_args()
@@ -34,6 +35,7 @@ def main() -> None:
         args.overwrite,
         args.family,
         int(args.max_shard_gb * 1e9),
+        args.workers,
     )
     size = f"{export.weight_bytes / 1e6:,.1f} MB of {args.dtype} weights"
     print(f"{export.folder}: {export.family}, {export.parameters:,} parameters, {size}")

@@ -21,6 +21,7 @@ import megagpt
 from megagpt.convert.canonical import canonical_shapes, check_names
 from megagpt.convert.certificate import CERTIFICATE, Certificate
 from megagpt.convert.family import Dtype, Family, Read, TokenIds
+from megagpt.convert.forked import run_forked
 from megagpt.convert.model_card import model_card
 from megagpt.convert.safetensors_stream import (
     TORCH_DTYPES,
@@ -71,6 +72,7 @@ def write_hf_folder(
     read_rows: ReadRows | None = None,
     certify: Callable[[Path], Certificate] | None = None,
     family: Family | None = None,
+    workers: int = 1,
 ) -> Export:
     """Export a model to a folder that transformers loads.
 
@@ -88,6 +90,7 @@ def write_hf_folder(
         certify: checks the folder before it appears; what it finds is kept in certificate.json and the model card.
             An export that fails appears as `folder` with `.failed` appended, and nothing is replaced.
         family: family to export to; default: the first that expresses the model.
+        workers: processes that write weight files side by side; the bytes do not depend on it.
 
     Raises:
         ConversionError: no family expresses the model, names or shapes do not fit it, the tokenizer does not fit it,
@@ -115,6 +118,7 @@ def write_hf_folder(
             max_shard_bytes,
             card or {},
             certify,
+            workers,
         )
         _fsync(partial)
         if export.certificate is not None and not export.certificate.passed:
@@ -139,13 +143,14 @@ def _write_all(
     max_shard_bytes: int,
     card: Mapping[str, object],
     certify: Callable[[Path], Certificate] | None,
+    workers: int,
 ) -> Export:
     # The tokenizer first: it is small, and what is wrong with it shows before gigabytes are written.
     tokens, tokenizer_note = TokenIds(), None
     if tokenizer_path is not None:
         exported = export_tokenizer(tokenizer_path, partial, model.vocab_size, model.max_position_embeddings)
         tokens, tokenizer_note = exported.ids, exported.card
-    files = _write_weights(partial, family, model, make, dtype, max_shard_bytes)
+    files = _write_weights(partial, family, model, make, dtype, max_shard_bytes, workers)
     weight_bytes = sum(file.bytes for name, file in files.items() if name.endswith(".safetensors"))
     parameters = sum(math.prod(shape) for shape in family.hf_shapes(model).values())
     _write_json(partial / "config.json", family.hf_config(model, tokens, dtype))
@@ -179,14 +184,26 @@ def _write_all(
 
 
 def _write_weights(
-    partial: Path, family: Family, model: ModelConfig, make: Blocks, dtype: Dtype, max_shard_bytes: int
+    partial: Path,
+    family: Family,
+    model: ModelConfig,
+    make: Blocks,
+    dtype: Dtype,
+    max_shard_bytes: int,
+    workers: int,
 ) -> dict[str, WrittenFile]:
     """Write the weight files and, for more than one, their index."""
     torch_dtype, all_shapes = TORCH_DTYPES[dtype], family.hf_shapes(model)
     shards = plan_shards(all_shapes, torch_dtype, max_shard_bytes)
-    files, weight_map = dict[str, WrittenFile](), dict[str, str]()
-    for file_name, shapes in zip(shard_names(len(shards)), shards, strict=True):
-        files[file_name] = write_safetensors(partial / file_name, shapes, torch_dtype, make)
+    weight_map = dict[str, str]()
+    jobs = dict(zip(shard_names(len(shards)), shards, strict=True))
+
+    def write(file_name: str) -> WrittenFile:
+        return write_safetensors(partial / file_name, jobs[file_name], torch_dtype, make)
+
+    written = run_forked(write, list(jobs), workers)
+    files = dict(zip(jobs, written, strict=True))
+    for file_name, shapes in jobs.items():
         weight_map |= dict.fromkeys(shapes, file_name)
     if len(shards) > 1:
         parameters = sum(math.prod(shape) for shape in all_shapes.values())
