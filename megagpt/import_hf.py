@@ -3,7 +3,6 @@
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megagpt import __version__
@@ -22,14 +20,13 @@ from megagpt.checkpoint.manifest import (
     Manifest,
     Parameter,
     Piece,
-    file_problem,
-    sha256_of,
     sync_path,
     write_manifest,
 )
 from megagpt.checkpoint.reader import STEP_PREFIX
+from megagpt.checkpoint.tensor_file import write_tensors
 from megagpt.convert.canonical import canonical_shapes
-from megagpt.convert.safetensors_stream import write_safetensors
+from megagpt.convert.safetensors_stream import is_finite
 from megagpt.convert.writer import BLOCK_BYTES
 from megagpt.errors import ConversionError
 from megagpt.layerwise import LayerwiseGPT
@@ -39,7 +36,7 @@ from megagpt.parallel.rng import rng_state
 from megagpt.plan import Plan, deepspeed_config_from_dict, make_plan, run_config_from_dict
 from megagpt.pretrained import PretrainedWeights, open_pretrained
 
-WEIGHTS, RANK, CONFIG = "weights.safetensors", "rank-00000.safetensors", "run.yaml"
+RANK, CONFIG = "rank-00000.safetensors", "run.yaml"
 PROBE_TOKENS, PROBE_TOLERANCE = 32, 1e-4
 
 
@@ -64,7 +61,7 @@ def import_checkpoint(
 ) -> Import:
     """Write a checkpoint of step 0, from which a run of any layout goes on, and a run config that names it.
 
-    Weights keep the type that they are stored in.
+    Weights become fp32, as in every checkpoint; nothing is lost.
 
     Args:
         folder: a Hugging Face folder.
@@ -133,33 +130,13 @@ def _run_yaml(plan: Plan) -> str:
 
 def _write_checkpoint(step: Path, weights: PretrainedWeights, plan: Plan) -> int:
     """Write all files of the checkpoint; returns the size of the weights."""
-    shapes = canonical_shapes(plan.model)
-    dtypes = {f"weight/{name}": weights.weights.dtype(name) for name in shapes}
-
-    def blocks(stored: str) -> Iterator[Tensor]:
-        name = stored.removeprefix("weight/")
-        if not partition_of(name, plan.model.is_gated).vocabulary:
-            yield weights.full(name).flatten()
-            return
-        count, width = shapes[name]
-        rows = max(1, BLOCK_BYTES // (4 * width))
-        for first in range(0, count, rows):
-            yield weights.vocabulary_rows(name, first, min(first + rows, count)).flatten()
-
-    flat = {f"weight/{name}": (prod(shape),) for name, shape in shapes.items()}
-    written = write_safetensors(step / WEIGHTS, flat, dtypes, blocks)
-    files = {WEIGHTS: File(bytes=written.bytes, sha256=written.sha256)}
+    parameters, files = _write_weights(step, weights, plan)
+    size = sum(file.bytes for file in files.values())
     ranks = start_single_process(plan.run.training.seed)
     tokens = torch.randint(0, plan.model.vocab_size, (1, plan.seq_length), generator=torch.Generator().manual_seed(0))
     logits = LayerwiseGPT(plan, weights, device=ranks.device).logits(tokens[:, :PROBE_TOKENS])
-    for name, tensors in (
-        (PROBE, {"tokens": tokens, "logits": logits}),
-        (RANK, {f"rng/{key}": state for key, state in rng_state().items()}),
-    ):
-        save_file(tensors, step / name)
-        (step / name).chmod((step / WEIGHTS).stat().st_mode & 0o777)  # safetensors' files are for their owner only
-        sync_path(step / name)
-        files[name] = File(bytes=(step / name).stat().st_size, sha256=sha256_of(step / name))
+    files[PROBE] = write_tensors(step / PROBE, {"tokens": tokens, "logits": logits})
+    files[RANK] = write_tensors(step / RANK, {f"rng/{key}": state for key, state in rng_state().items()})
     manifest = Manifest(
         format=FORMAT,
         megagpt=__version__,
@@ -174,10 +151,7 @@ def _write_checkpoint(step: Path, weights: PretrainedWeights, plan: Plan) -> int
         pipeline_parallel_size=1,
         padded_vocab_size=plan.model.vocab_size,
         moments=(),
-        parameters={
-            name: Parameter(shape=shape, pieces=(Piece(file=WEIGHTS, tensor_rank=0, start=0, stop=prod(shape)),))
-            for name, shape in shapes.items()
-        },
+        parameters=parameters,
         files=files,
         metrics={},
         precision="fp32",
@@ -185,5 +159,49 @@ def _write_checkpoint(step: Path, weights: PretrainedWeights, plan: Plan) -> int
     )
     write_manifest(step, manifest)
     sync_path(step)
-    assert not [problem for name, file in files.items() if (problem := file_problem(step / name, file, False))]
-    return written.bytes
+    return size
+
+
+def _write_weights(step: Path, weights: PretrainedWeights, plan: Plan) -> tuple[dict[str, Parameter], dict[str, File]]:
+    """Write the weights in fp32. Tables of tokens are cut, each part into a file of its own, so that memory never holds
+    the whole of one.
+
+    Raises:
+        ConversionError: a weight is not finite, or a file cannot be read.
+    """
+    parameters: dict[str, Parameter] = {}
+    spans: list[dict[str, tuple[int, int]]] = []  # per file: entry -> its rows
+    for name, shape in canonical_shapes(plan.model).items():
+        row = prod(shape[1:])
+        is_table = partition_of(name, plan.model.is_gated).vocabulary
+        rows = max(1, BLOCK_BYTES // (4 * row)) if is_table else shape[0]
+        pieces = []
+        for number, first in enumerate(range(0, shape[0], rows)):
+            last = min(first + rows, shape[0])
+            if number == len(spans):
+                spans.append({})
+            spans[number][f"weight/{name}"] = (first, last)
+            pieces.append(Piece(file=_file(number), tensor_rank=0, start=first * row, stop=last * row))
+        parameters[name] = Parameter(shape=shape, pieces=tuple(pieces))
+
+    files = {}
+    for number, wanted in enumerate(spans):
+
+        def make(entry: str, wanted: dict[str, tuple[int, int]] = wanted) -> Tensor:
+            name = entry.removeprefix("weight/")
+            is_table = partition_of(name, plan.model.is_gated).vocabulary
+            part = weights.vocabulary_rows(name, *wanted[entry]) if is_table else weights.full(name)
+            if not is_finite(part):
+                raise ConversionError(f"{weights.weights.folder}: {name} has values that are not finite")
+            return part.float().flatten()
+
+        kinds = {
+            entry: torch.empty((last - first) * prod(canonical_shapes(plan.model)[entry[7:]][1:]), device="meta")
+            for entry, (first, last) in wanted.items()
+        }
+        files[_file(number)] = write_tensors(step / _file(number), kinds, make)
+    return parameters, files
+
+
+def _file(number: int) -> str:
+    return f"weights-{number:05d}.safetensors"

@@ -23,6 +23,7 @@ from megagpt.supervise.stopping import Stopping
 
 if TYPE_CHECKING:
     from megagpt.checkpoint import Checkpoints, TrainState
+    from megagpt.checkpoint.background import Saved
     from megagpt.data.run_data import RunData
     from megagpt.engine import Engine
     from megagpt.metrics import Meter
@@ -88,7 +89,7 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         )
         return 0
     from megagpt.data.fingerprint import fingerprints
-    from megagpt.data.run_data import open_data
+    from megagpt.data.run_data import damaged_datasets, open_data
 
     model, training = plan.model, plan.run.training
     data = open_data(plan.run.data, model.vocab_size, plan.seq_length, training.seed)
@@ -98,6 +99,8 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
 
         ranks = start_ranks(plan, launch)
         require_writable_folders(plan, ranks)
+        if damaged := ranks.broadcast_object(damaged_datasets(plan.run.data) if ranks.rank == 0 else []):
+            raise DataError("\n".join(damaged))
         from megagpt.checkpoint import Checkpoints
         from megagpt.engine import build_engine
 
@@ -222,7 +225,8 @@ def train(
     )
     votes = Consensus(ranks, width=2)
     stopping = Stopping(stop, _deadline(plan, ranks), votes)
-    with contextlib.closing(Meter(plan, console, first_step=state.step)) as meter:
+    with contextlib.closing(checkpoints), contextlib.closing(Meter(plan, console, first_step=state.step)) as meter:
+        checkpoints.on_saved = lambda saved: _tell(saved, meter, stopping)
         evaluate_split = _evaluator(plan, ranks, engine, data, meter)
         if restored is None and run.training.eval_interval:
             evaluate_split("validation", state.step)
@@ -233,6 +237,7 @@ def train(
             rate = learning_rate(state.step, plan)
             result = engine.train_step(batches, rate)
             state = state.advance(samples=plan.global_batch_size, skipped=result.skipped)
+            checkpoints.poll()
             meter.record(state.step, rate, result.loss, result.grad_norm, result.loss_scale, result.skipped)
             is_last = state.step == total_steps
             evaluates = is_last or due(state.step, run.training.eval_interval)
@@ -247,7 +252,9 @@ def train(
             if is_last:
                 evaluate_split("test", state.step)
             if saves:
-                stopping.note_save(_save(checkpoints, state, meter))
+                _save(checkpoints, state, meter, evaluates)
+            if is_last or reason is not None:
+                checkpoints.wait()
             if reason is not None:
                 meter.say(f"{meter.at(state.step)}  {reason}; {_way_on(plan)}")
     votes.close()
@@ -291,14 +298,18 @@ def _evaluator(
     return evaluate_split
 
 
-def _save(checkpoints: "Checkpoints", state: "TrainState", meter: "Meter") -> float:
+def _save(checkpoints: "Checkpoints", state: "TrainState", meter: "Meter", evaluated: bool) -> None:
     started = time.monotonic()
-    folder = checkpoints.save(state, meter.latest)
-    seconds = time.monotonic() - started
-    if folder is not None:
-        meter.say(f"{meter.at(state.step)}  saved {folder} in {seconds:.1f} s")
-    meter.pause(seconds)
-    return seconds
+    checkpoints.save(state, meter.latest, evaluated)
+    meter.pause(time.monotonic() - started)
+
+
+def _tell(saved: "Saved", meter: "Meter", stopping: Stopping) -> None:
+    stopping.note_save(saved.seconds)
+    meter.say(
+        f"{meter.at(saved.step)}  saved {saved.folder} in {saved.seconds:.1f} s, for which training stood still "
+        f"{saved.stall:.2f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_any_layout_starts_from_the_folder_and_resumes_from_its_own(folder, data
     random = tiny_plan("llama", SGD, steps=1, sections={"model": {"vocab_size": 300}, "data": dataset} | {
         "logging": {"directory": str(tmp_path / "random"), "interval": 1}})  # fmt: skip
     run_ranks(train_quietly, 1, random)
-    assert abs(losses(tmp_path / "random")[0] - expected[0]) > 1e-2, "the folder's weights matter"
+    assert abs(losses(tmp_path / "random")[0] - expected[0]) > 1e-3, "the folder's weights matter"
     more = plan_from(folder, dataset, tmp_path / "four", steps=4)
     shutil.rmtree(folder)
     [said] = run_ranks(train_and_listen, 1, more)

@@ -106,8 +106,8 @@ def _bytes_of(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:
     """A tensor's bytes after rounding to `dtype`; without a copy if it has that type already."""
     tensor = tensor.detach().cpu()
     rounded = tensor.to(dtype).contiguous()
-    if not _is_finite(rounded):
-        if _is_finite(tensor):
+    if not is_finite(rounded):
+        if is_finite(tensor):
             raise ConversionError(
                 f"{name} has the value {float(tensor.abs().max()):g}, beyond the range of "
                 f"{str(dtype).removeprefix('torch.')}; export as bfloat16 or float32"
@@ -116,6 +116,6 @@ def _bytes_of(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:
     return rounded.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether all values are finite. Not-a-number passes through minimum and maximum, which need no copy."""
     return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))
