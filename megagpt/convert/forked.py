@@ -10,7 +10,8 @@ import torch
 
 from megagpt.errors import ConversionError, MegagptError
 
-Argument, Result = TypeVar("Argument"), TypeVar("Result")
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 POLL_SECONDS = 1.0
 
 
