@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -104,11 +105,13 @@ def _run(batch: Sequence[Row], plans: dict[str, Plan]) -> "list[list[RankMeasure
     try:
         by_rank = run_ranks(measure_runs, chosen[0].world_size, chosen, timeout=120.0 * len(batch))
     except RankFailedError as error:
-        if len(batch) > 1:
-            return [result for row in batch for result in _run([row], plans)]
-        errors = [line for line in str(error).splitlines() if line and not line.startswith((" ", "---", "Traceback"))]
-        return [next((line for line in errors if "Error" in line), errors[0])]
-    return [list(ranks) for ranks in zip(*by_rank, strict=True)]
+        failure = str(error)
+    else:
+        return [list(ranks) for ranks in zip(*by_rank, strict=True)]
+    if len(batch) > 1:  # one by one, so that only the row that fails has no result
+        return [result for row in batch for result in _run([row], plans)]
+    said = failure.split("--- output ---")[0].splitlines()
+    return [next((line for line in reversed(said) if re.match(r"[\w.]+(Error|Exception)\b", line)), said[0])]
 
 
 def _judged(row: Row, plan: Plan, ranks: "list[RankMeasurement] | str", reference: "Reference") -> MeasuredRow:
