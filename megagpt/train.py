@@ -23,7 +23,8 @@ from megagpt.supervise.stopping import Stopping
 
 if TYPE_CHECKING:
     from megagpt.checkpoint import Checkpoints, TrainState
-    from megagpt.data.samples import SampleStream
+    from megagpt.checkpoint.background import Saved
+    from megagpt.data.run_data import RunData
     from megagpt.engine import Engine
     from megagpt.metrics import Meter
     from megagpt.parallel.ranks import Ranks
@@ -88,16 +89,18 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         )
         return 0
     from megagpt.data.fingerprint import fingerprints
-    from megagpt.data.loader import open_dataset
+    from megagpt.data.run_data import damaged_datasets, open_data
 
     model, training = plan.model, plan.run.training
-    streams = open_dataset(plan.run.data, model.vocab_size, plan.seq_length, training.seed)
+    data = open_data(plan.run.data, model.vocab_size, plan.seq_length, training.seed)
     hashes = fingerprints(plan.run.data) if launch.rank == 0 else {}
     with console.muted():
         from megagpt.parallel.ranks import start_ranks, stop_ranks
 
         ranks = start_ranks(plan, launch)
         require_writable_folders(plan, ranks)
+        if damaged := ranks.broadcast_object(damaged_datasets(plan.run.data) if ranks.rank == 0 else []):
+            raise DataError("\n".join(damaged))
         from megagpt.checkpoint import Checkpoints
         from megagpt.engine import build_engine
 
@@ -105,11 +108,11 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
     console.say(headline(plan, launch))
     for note in plan.notes:
         console.say(f"note: {note}")
-    for remark in remarks(plan, streams):
+    for remark in remarks(plan, data):
         console.warn(remark)
     checkpoints = Checkpoints(plan, engine, ranks, console, ranks.broadcast_object(hashes))
     with _telling_who_failed(ranks):
-        train(plan, ranks, engine, checkpoints, streams, console, stop)
+        train(plan, ranks, engine, checkpoints, data, console, stop)
     stop_ranks()
     return 0
 
@@ -170,12 +173,12 @@ def headline(plan: Plan, launch: Launch) -> str:
     )
 
 
-def remarks(plan: Plan, streams: "dict[str, SampleStream | None]") -> list[str]:
+def remarks(plan: Plan, data: "RunData") -> list[str]:
     """What the run will not do although one might expect it, one sentence each."""
     found = []
     if plan.run.checkpoint.directory is None:
         found.append("checkpoint.directory is not set: nothing will be saved")
-    if plan.run.training.eval_interval and streams["validation"] is None:
+    if plan.run.training.eval_interval and not data.validation:
         found.append(
             f"training.eval_interval={plan.run.training.eval_interval} but the validation split of data.split="
             f"{list(plan.run.data.split)} is shorter than one sample: there will be no validation"
@@ -188,7 +191,7 @@ def train(
     ranks: "Ranks",
     engine: "Engine",
     checkpoints: "Checkpoints",
-    streams: "dict[str, SampleStream | None]",
+    data: "RunData",
     console: Console,
     stop: StopSignal,
 ) -> "TrainState":
@@ -208,9 +211,8 @@ def train(
     run, total_steps = plan.run, plan.run.training.steps
     restored = checkpoints.restore_latest()
     state = restored or TrainState()
-    assert streams["train"] is not None
     batches = train_batches(
-        streams["train"],
+        data.train,
         first_sample=state.samples,
         global_batch_size=plan.global_batch_size,
         microbatch_size=plan.microbatch_size,
@@ -219,8 +221,9 @@ def train(
     )
     votes = Consensus(ranks, width=2)
     stopping = Stopping(stop, _deadline(plan, ranks), votes)
-    with contextlib.closing(Meter(plan, console, first_step=state.step)) as meter:
-        evaluate_split = _evaluator(plan, ranks, engine, streams, meter)
+    with contextlib.closing(checkpoints), contextlib.closing(Meter(plan, console, first_step=state.step)) as meter:
+        checkpoints.on_saved = lambda saved: _tell(saved, meter, stopping)
+        evaluate_split = _evaluator(plan, ranks, engine, data, meter)
         if restored is None and run.training.eval_interval:
             evaluate_split("validation", state.step)
         reason = stopping.before_the_first_step()
@@ -230,6 +233,7 @@ def train(
             rate = learning_rate(state.step, plan)
             result = engine.train_step(batches, rate)
             state = state.advance(samples=plan.global_batch_size, skipped=result.skipped)
+            checkpoints.poll()
             meter.record(state.step, rate, result.loss, result.grad_norm, result.loss_scale, result.skipped)
             is_last = state.step == total_steps
             evaluates = is_last or due(state.step, run.training.eval_interval)
@@ -244,7 +248,9 @@ def train(
             if is_last:
                 evaluate_split("test", state.step)
             if saves:
-                stopping.note_save(_save(checkpoints, state, meter))
+                _save(checkpoints, state, meter, evaluates)
+            if is_last or reason is not None:
+                checkpoints.wait()
             if reason is not None:
                 meter.say(f"{meter.at(state.step)}  {reason}; {_way_on(plan)}")
     votes.close()
@@ -270,30 +276,36 @@ def due(step: int, interval: int) -> bool:
 
 
 def _evaluator(
-    plan: Plan, ranks: "Ranks", engine: "Engine", streams: "dict[str, SampleStream | None]", meter: "Meter"
+    plan: Plan, ranks: "Ranks", engine: "Engine", data: "RunData", meter: "Meter"
 ) -> Callable[[str, int], None]:
     from megagpt.evaluate import evaluate
 
     def evaluate_split(split: str, step: int) -> None:
-        stream = streams[split]
-        if stream is None:
+        held_out = data.validation if split == "validation" else data.test
+        if not held_out:
             return
         started = time.monotonic()
-        loss = evaluate(engine, stream, plan, ranks, plan.run.training.eval_batches)
-        meter.report_eval(split, loss, step)
+        losses = [evaluate(engine, part.stream, plan, ranks, plan.run.training.eval_batches) for part in held_out]
+        mean = sum(part.share * loss for part, loss in zip(held_out, losses, strict=True))
+        by_name = {part.name: loss for part, loss in zip(held_out, losses, strict=True) if part.name}
+        meter.report_eval(split, mean, step, by_name)
         meter.pause(time.monotonic() - started)
 
     return evaluate_split
 
 
-def _save(checkpoints: "Checkpoints", state: "TrainState", meter: "Meter") -> float:
+def _save(checkpoints: "Checkpoints", state: "TrainState", meter: "Meter", evaluated: bool) -> None:
     started = time.monotonic()
-    folder = checkpoints.save(state, meter.latest)
-    seconds = time.monotonic() - started
-    if folder is not None:
-        meter.say(f"{meter.at(state.step)}  saved {folder} in {seconds:.1f} s")
-    meter.pause(seconds)
-    return seconds
+    checkpoints.save(state, meter.latest, evaluated)
+    meter.pause(time.monotonic() - started)
+
+
+def _tell(saved: "Saved", meter: "Meter", stopping: Stopping) -> None:
+    stopping.note_save(saved.seconds)
+    meter.say(
+        f"{meter.at(saved.step)}  saved {saved.folder} in {saved.seconds:.1f} s, for which training stood still "
+        f"{saved.stall:.2f} s"
+    )
 
 
 if __name__ == "__main__":
