@@ -204,6 +204,7 @@ def train(
     """
     from megagpt.checkpoint import TrainState
     from megagpt.data.loader import train_batches
+    from megagpt.data.prefetch import Prefetched
     from megagpt.metrics import Meter
     from megagpt.optim import learning_rate
     from megagpt.parallel.consensus import Consensus
@@ -211,7 +212,7 @@ def train(
     run, total_steps = plan.run, plan.run.training.steps
     restored = checkpoints.restore_latest()
     state = restored or TrainState()
-    batches = train_batches(
+    in_order = train_batches(
         data.train,
         first_sample=state.samples,
         global_batch_size=plan.global_batch_size,
@@ -221,7 +222,11 @@ def train(
     )
     votes = Consensus(ranks, width=2)
     stopping = Stopping(stop, _deadline(plan, ranks), votes)
-    with contextlib.closing(checkpoints), contextlib.closing(Meter(plan, console, first_step=state.step)) as meter:
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(Meter(plan, console, first_step=state.step)) as meter,
+        Prefetched(in_order, run.data.prefetch, ranks.device) as batches,
+    ):
         checkpoints.on_saved = lambda saved: _tell(saved, meter, stopping)
         evaluate_split = _evaluator(plan, ranks, engine, data, meter)
         if restored is None and run.training.eval_interval:

@@ -29,3 +29,11 @@ def test_saves_and_restores_are_measured(tmp_path):
     assert [name for name, *_ in found] == ["save", "restore from disk", "restore from page cache"]
     assert all(float(ratio) > 0 for _, _, ratio, _ in found)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_are_read_from_one_dataset_and_from_many():
+    command = "tools/bench/samples.py --documents 20000 --sides megagpt"
+    result = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode in (0, 1), result.stderr
+    cases = re.findall(r"│ (\d+ \w+) +│ megagpt │ +([\d.]+) │ +│ +0 │ +\d+ │ +([\d.]+) │", result.stdout)
+    assert [case for case, *_ in cases] == ["1 epoch", "10 epochs", "20 datasets"]
