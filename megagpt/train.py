@@ -211,6 +211,10 @@ def train(
 
     run, total_steps = plan.run, plan.run.training.steps
     restored = checkpoints.restore_latest()
+    if restored is None and plan.model.init_from is not None:
+        from megagpt.pretrained import load_pretrained
+
+        load_pretrained(plan, engine, ranks, console)
     state = restored or TrainState()
     in_order = train_batches(
         data.train,
