@@ -11,27 +11,22 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.pipe.topology import ProcessTopology
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from megagpt.engine.experts import expert_figures, tell_experts_to_deepspeed
 from megagpt.engine.fragments import Fragment, local_fragments
 from megagpt.engine.loss_scale import own_loss_scaler
+from megagpt.engine.pipeline import pipeline_module
 from megagpt.errors import ConfigError
 from megagpt.model import (
     GPT,
-    Head,
-    PipelineLayer,
-    TiedHead,
     canonical_name,
     initialize_weights,
     is_partial_over_tensor_ranks,
-    pipeline_layers,
     set_auxiliary_loss_scale,
-    with_recomputation,
 )
 from megagpt.optim import build_optimizer
 from megagpt.parallel.ranks import Ranks
@@ -260,7 +255,7 @@ def build_engine(plan: Plan, ranks: Ranks) -> Engine:
     if plan.is_cut_while_built:
         module = GPT(plan, lambda prefix, layer: _finish_cut(prefix, layer, plan, ranks))
     else:
-        module = _pipeline_module(plan) if is_pipeline else GPT(plan)
+        module = pipeline_module(plan) if is_pipeline else GPT(plan)
         _finish("", module, plan, ranks)
     optimizer = build_optimizer(named_parameters(module, plan, ranks.expert_rank), plan)
     wrapped, *_ = deepspeed.initialize(
@@ -314,22 +309,6 @@ def sum_partial_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> N
             parameter.register_hook(all_reduce)
 
 
-@dataclass(frozen=True)
-class _TiedGradient:
-    """A tied weight as the pipeline engine looks at it when it sums its gradient over the stages that hold it."""
-
-    weight: Any
-
-    @property
-    def grad(self) -> Tensor | None:
-        accumulated: Tensor | None = getattr(self.weight, "grad_accum", None)
-        return self.weight.grad if accumulated is None else accumulated
-
-    @property
-    def _hp_grad(self) -> Tensor | None:
-        return self.weight._hp_grad
-
-
 def skip_reduction_by_one_rank(wrapped: Any) -> None:
     """Spare the sum of gradients over the data-parallel ranks if each of their groups is a single rank.
 
@@ -365,64 +344,3 @@ def share_fp32_weights(zero: Any) -> None:
         if mapping is not None:  # a view of the copy would keep it in memory
             place = mapping.hp_fragment_address
             mapping.hp_fragment = masters[mapping.param_group_index].narrow(0, place.start, place.numel)
-
-
-class _PlannedPipeline(PipelineModule):
-    """PipelineModule with the Plan's stage bounds in place of DeepSpeed's own partitioning, and with tied gradients
-    where ZeRO 1 keeps them: if it accumulates in another type than the weights', `weight.grad` is None, and the engine
-    would silently sum nothing."""
-
-    def get_tied_weights_and_groups(self) -> list[tuple[_TiedGradient, Any]]:
-        return [(_TiedGradient(weight), group) for weight, group in super().get_tied_weights_and_groups()]
-
-    def _partition_layers(self, method: str = "") -> None:
-        self.parts = [int(bound) for bound in method.split(",")]
-        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
-
-
-def _pipeline_module(plan: Plan) -> PipelineModule:
-    # Megatron-Core's rank order: tensor parallel fastest, then context and data parallel (one axis to DeepSpeed),
-    # pipeline slowest.
-    topology = ProcessTopology(
-        axes=["pipe", "data", "model"],
-        dims=[plan.pipeline_parallel_size, plan.gradient_parallel_size, plan.tensor_parallel_size],
-    )
-    module = _PlannedPipeline(
-        layers=[_layer_spec(layer) for layer in pipeline_layers(plan)],
-        topology=topology,
-        partition_method=",".join(map(str, plan.stage_bounds)),
-        activation_checkpoint_interval=0,  # DeepSpeed's own would replay other dropout masks
-    )
-    if module.stage_id == plan.pipeline_parallel_size - 1:
-        module.loss_fn = _HeadAsLoss(module.forward_funcs[-1])
-        module.forward_funcs[-1] = module.loss_fn.prepare
-    module.forward_funcs = with_recomputation(module.forward_funcs, plan)
-    return module
-
-
-@dataclass(frozen=True)
-class _HeadAsLoss:
-    """The head of the last stage as the loss function of the pipeline: its product is formed with the loss, as that
-    needs the labels."""
-
-    head: Head | TiedHead
-
-    def prepare(self, hidden_SBH: Tensor) -> tuple[Tensor, Tensor]:
-        """What the stage gives: the head's input, and its weight too. DeepSpeed clears the 16-bit gradients when the
-        backward pass arrives at the stage's outputs, so no weight may get its gradient before."""
-        weight = self.head.projection_weight
-        return hidden_SBH, weight.view_as(weight)
-
-    def __call__(self, prepared: tuple[Tensor, Tensor], labels_BS: Tensor) -> Tensor:
-        hidden_SBH, weight = prepared
-        return self.head.projection(hidden_SBH, weight, labels_BS)
-
-    def logits(self, prepared: tuple[Tensor, Tensor]) -> Tensor:
-        """[S, B, V / TP]."""
-        return self.head.projection(*prepared)
-
-
-def _layer_spec(layer: PipelineLayer) -> LayerSpec:
-    if layer.tied is None:
-        return LayerSpec(layer.module, *layer.arguments)
-    return TiedLayerSpec(layer.tied, layer.module, *layer.arguments, tied_weight_attr=layer.tied_weight)

@@ -110,8 +110,9 @@ def _run(batch: Sequence[Row], plans: dict[str, Plan]) -> "list[list[RankMeasure
         return [list(ranks) for ranks in zip(*by_rank, strict=True)]
     if len(batch) > 1:  # one by one, so that only the row that fails has no result
         return [result for row in batch for result in _run([row], plans)]
-    said = failure.split("--- output ---")[0].splitlines()
-    return [next((line for line in reversed(said) if re.match(r"[\w.]+(Error|Exception)\b", line)), said[0])]
+    errors = re.findall(r"^[\w.]+(?:Error|Exception)\b.*", failure, re.MULTILINE)
+    causes = [line for line in errors if "Connection closed by peer" not in line]  # others lose the rank that failed
+    return [[*causes, *errors, failure.splitlines()[0]][0]]
 
 
 def _judged(row: Row, plan: Plan, ranks: "list[RankMeasurement] | str", reference: "Reference") -> MeasuredRow:
