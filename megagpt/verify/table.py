@@ -111,7 +111,7 @@ def _run(batch: Sequence[Row], plans: dict[str, Plan]) -> "list[list[RankMeasure
     if len(batch) > 1:  # one by one, so that only the row that fails has no result
         return [result for row in batch for result in _run([row], plans)]
     errors = re.findall(r"^[\w.]+(?:Error|Exception)\b.*", failure, re.MULTILINE)
-    causes = [line for line in errors if "Connection closed by peer" not in line]  # others lose the rank that failed
+    causes = [line for line in errors if "gloo" not in line]  # others lose the rank that failed
     return [[*causes, *errors, failure.splitlines()[0]][0]]
 
 
