@@ -7,18 +7,19 @@ import argparse
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
-from megagpt.errors import ConfigError, DataError, LaunchError, MegagptError, TrainingError, run_command
+from megagpt.errors import ConfigError, LaunchError, MegagptError, RankError, run_command
 from megagpt.parallel.console import Console, quiet_libraries
 from megagpt.parallel.launch import Launch, detect_launch
 from megagpt.plan import Plan, load_deepspeed_config, load_run_config, make_plan
 from megagpt.signals import StopSignal
 from megagpt.supervise.deadline import Deadline, end_of_job
+from megagpt.supervise.pulse import Phase
 from megagpt.supervise.stopping import Stopping
 
 if TYPE_CHECKING:
@@ -54,16 +55,12 @@ def main() -> int:
         run_config = load_run_config(args.config, args.overrides)
         plan = make_plan(run_config, load_deepspeed_config(args.deepspeed_config), launch.world_size)
         return run(plan, launch, stop, args.verbose)
-    except (_OneRankError, LaunchError):
+    except (RankError, LaunchError):
         raise
     except MegagptError as error:
         if launch.local_rank != 0:  # all ranks know; one message per host
             return error.exit_code
         raise
-
-
-class _OneRankError(TrainingError):
-    """What only this rank has met; the others merely see it leave."""
 
 
 def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> int:
@@ -76,7 +73,8 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         ConfigError: a folder of the run config cannot be written to.
         DataError: dataset or tokenizer are missing, damaged or do not fit the model.
         CheckpointError: a checkpoint cannot be written, or belongs to another model.
-        TrainingError: the loss is not finite, or another rank has ended.
+        TrainingError: the loss is not finite.
+        RankError: this rank alone has failed, or another one has ended.
     """
     from megagpt.checkpoint import finished_step
 
@@ -98,15 +96,16 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         require_writable_folders(plan, ranks)
         from megagpt.checkpoint import Checkpoints
         from megagpt.engine import build_engine
-
-        engine = build_engine(plan, ranks)
-    console.say(headline(plan, launch))
-    for note in plan.notes:
-        console.say(f"note: {note}")
-    for remark in remarks(plan, streams):
-        console.warn(remark)
-    checkpoints = Checkpoints(plan, engine, ranks, console)
-    with _telling_who_failed(ranks):
+        from megagpt.supervise.watch import watch
+    with watch(plan, ranks) as pulse:
+        with console.muted():
+            engine = build_engine(plan, ranks, pulse)
+        console.say(headline(plan, launch))
+        for note in plan.notes:
+            console.say(f"note: {note}")
+        for remark in remarks(plan, streams):
+            console.warn(remark)
+        checkpoints = Checkpoints(plan, engine, ranks, console)
         train(plan, ranks, engine, checkpoints, streams, console, stop)
     stop_ranks()
     return 0
@@ -134,23 +133,6 @@ def require_writable_folders(plan: Plan, ranks: "Ranks") -> None:
             problems.append(f"{key}={directory} cannot be written to ({error.strerror}); give a writable folder")
     if problems := ranks.broadcast_object(problems):
         raise ConfigError(problems)
-
-
-@contextlib.contextmanager
-def _telling_who_failed(ranks: "Ranks") -> Iterator[None]:
-    """Word what one rank alone has met, and that a rank has lost another one."""
-    try:
-        yield
-    except DataError as error:
-        raise _OneRankError(f"rank {ranks.rank}: {error}") from error
-    except RuntimeError as error:
-        # gloo's words; NCCL aborts the process by itself
-        if not any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer")):
-            raise
-        raise _OneRankError(
-            f"rank {ranks.rank}: another rank has ended or was killed; look for its message, or for the kernel's if it "
-            "ran out of memory"
-        ) from error
 
 
 def headline(plan: Plan, launch: Launch) -> str:
@@ -204,6 +186,8 @@ def train(
     from megagpt.parallel.consensus import Consensus
 
     run, total_steps = plan.run, plan.run.training.steps
+    pulse = engine.pulse
+    pulse.enter(Phase.RESTORE)
     restored = checkpoints.restore_latest()
     state = restored or TrainState()
     assert streams["train"] is not None
@@ -225,8 +209,10 @@ def train(
         if reason is not None:
             meter.say(f"{meter.at(state.step)}  {reason} before the first step; the same command goes on from here")
         while state.step < total_steps and reason is None:
+            pulse.begin_step(state.step)
             rate = learning_rate(state.step, plan)
             result = engine.train_step(batches, rate)
+            pulse.enter(Phase.BETWEEN)
             state = state.advance(samples=plan.global_batch_size, skipped=result.skipped)
             meter.record(state.step, rate, result.loss, result.grad_norm, result.loss_scale, result.skipped)
             is_last = state.step == total_steps
@@ -242,6 +228,7 @@ def train(
             if is_last:
                 evaluate_split("test", state.step)
             if saves:
+                pulse.enter(Phase.SAVE)
                 stopping.note_save(_save(checkpoints, state, meter))
             if reason is not None:
                 meter.say(f"{meter.at(state.step)}  {reason}; {_way_on(plan)}")
@@ -277,6 +264,7 @@ def _evaluator(
         if stream is None:
             return
         started = time.monotonic()
+        engine.pulse.enter(Phase.EVALUATE)
         loss = evaluate(engine, stream, plan, ranks, plan.run.training.eval_batches)
         meter.report_eval(split, loss, step)
         meter.pause(time.monotonic() - started)
@@ -295,4 +283,4 @@ def _save(checkpoints: "Checkpoints", state: "TrainState", meter: "Meter") -> fl
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, leave_at_once=True)

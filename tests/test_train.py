@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -280,8 +281,11 @@ def test_a_token_outside_the_vocabulary_is_told_by_the_rank_that_met_it(dataset,
 
     with pytest.raises(RankFailedError) as failure:
         run_ranks(train_with_a_bad_sample, 2)
-    assert "_OneRankError: rank 1: data: token number 7 is 999" in str(failure.value)
-    assert "_OneRankError: rank 0: another rank has ended or was killed" in str(failure.value)
+    assert re.search("RankError: rank 1 on .*: data: token number 7 is 999", str(failure.value))
+    assert "RankError: rank 0" not in str(failure.value), "said once, by the rank that met it"
+    assert "rank 0: " in str(failure.value)
+    (report,) = (tmp_path / "logs" / "watchdog").glob("*/report.txt")
+    assert re.fullmatch("rank 1 on .*: data: token number 7 is 999\n", report.read_text())
 
 
 def test_odd_splits_and_batches_run_through(dataset, tmp_path):

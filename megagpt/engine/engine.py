@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megagpt.engine.experts import expert_figures, tell_experts_to_deepspeed
 from megagpt.engine.fragments import Fragment, local_fragments
 from megagpt.engine.loss_scale import own_loss_scaler
+from megagpt.engine.phases import tell_phases
 from megagpt.errors import ConfigError
 from megagpt.model import (
     GPT,
@@ -35,6 +36,7 @@ from megagpt.model import (
 from megagpt.optim import build_optimizer
 from megagpt.parallel.ranks import Ranks
 from megagpt.plan import Plan
+from megagpt.supervise.pulse import Phase, Pulse
 
 Batch = tuple[Tensor, Tensor]
 """Token ids and labels, both [B, S] int64."""
@@ -63,16 +65,27 @@ class Engine:
         module: what was handed to DeepSpeed.
         optimizer: torch's optimizer inside DeepSpeed's.
         wrapped: DeepSpeed's engine.
+        pulse: told of each phase of each micro-batch.
     """
 
-    def __init__(self, plan: Plan, ranks: Ranks, module: nn.Module, optimizer: torch.optim.Optimizer, wrapped: Any):
-        self.plan, self.ranks = plan, ranks
+    def __init__(
+        self,
+        plan: Plan,
+        ranks: Ranks,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        wrapped: Any,
+        pulse: Pulse | None = None,
+    ):
+        self.plan, self.ranks, self.pulse = plan, ranks, pulse or Pulse()
         self.parameters = dict(named_parameters(module, plan, ranks.expert_rank))
         """This rank's parameters by canonical name."""
         self._module: Any = module
         self._optimizer, self._wrapped = optimizer, wrapped
         self._is_pipeline = isinstance(module, PipelineModule)
         self._loss_scaler = own_loss_scaler(wrapped.optimizer)
+        if self._is_pipeline:
+            tell_phases(wrapped, self.pulse)
 
     def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:
         """Take one global batch from `batches` and update the weights.
@@ -108,8 +121,13 @@ class Engine:
             if isinstance(self._wrapped.optimizer, BF16_Optimizer):
                 # They have been added to the fp32 sums; DeepSpeed would keep them through the forward pass as zeros.
                 self._wrapped.optimizer.clear_lp_grads(set_to_none=True)
-            loss = self._wrapped(*self._to_device(next(batches)))
+            self.pulse.enter_next(Phase.DATA)
+            batch = self._to_device(next(batches))
+            self.pulse.enter_next(Phase.FORWARD)
+            loss = self._wrapped(*batch)
+            self.pulse.enter_next(Phase.BACKWARD)
             self._wrapped.backward(loss)  # divides by the number of micro-batches
+            self.pulse.enter(Phase.UPDATE)
             self._wrapped.step()
             total += loss.detach()
         return self._mean_over_replicas(total / self.plan.num_microbatches)
@@ -233,8 +251,13 @@ def named_parameters(module: nn.Module, plan: Plan, expert_rank: int = 0) -> Ite
         yield canonical_name(name, plan.model.num_layers, first_expert), parameter
 
 
-def build_engine(plan: Plan, ranks: Ranks) -> Engine:
+def build_engine(plan: Plan, ranks: Ranks, pulse: Pulse | None = None) -> Engine:
     """Build this rank's part of the model with its initial weights and hand it to DeepSpeed.
+
+    Args:
+        plan: layout and batch.
+        ranks: this process's place.
+        pulse: told of each phase of each micro-batch.
 
     Raises:
         ConfigError: this host cannot run what the DeepSpeed config asks for.
@@ -258,7 +281,7 @@ def build_engine(plan: Plan, ranks: Ranks) -> Engine:
         dist_init_required=False,
     )
     skip_reduction_by_one_rank(wrapped)
-    return Engine(plan, ranks, module, optimizer, wrapped)
+    return Engine(plan, ranks, module, optimizer, wrapped, pulse)
 
 
 def sum_partial_gradients(module: nn.Module, ranks: Ranks) -> None:

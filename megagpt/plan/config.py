@@ -325,6 +325,11 @@ class SupervisionConfig(Section):
 
     stop_after_minutes: Annotated[float, Field(gt=0)] | None = None
     """Save and stop in time to have left this long after the start; Slurm's own time limit is known without."""
+    hang_seconds: Annotated[float, Field(ge=0)] = 600.0
+    """End the job, with the stacks of all ranks and who waits for whom, once no rank has gone on for so long (six times
+    as long while loading or saving); 0: never."""
+    silent_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """End the job once a rank's process is frozen, or its host is lost, for so long."""
 
 
 class RunConfig(Section):
