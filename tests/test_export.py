@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import in_own_process, run_ranks
-from tiny import ADAM, tiny_plan
+from tiny import ADAM, SGD, rank_batches, tiny_plan
 
 from megagpt.errors import CheckpointError, ConversionError, DataError
 
@@ -75,6 +75,50 @@ def test_transformers_says_what_generate_says(checkpoint, tmp_path):
         assert hf_tokenizer.decode(found, skip_special_tokens=True) == tokenizer.decode(expected)
         texts.add(tokenizer.decode(expected)[len(prompt) :])
     assert len(texts) > 1, "the prompt matters"
+
+
+EXPERTS = {
+    "mixtral": ("mixtral", {}, dict(tp=2, dp=2, ep=2, sp=True)),
+    "qwen3_moe": (
+        "mixtral",
+        dict(qk_layernorm=True, num_layers=4, moe_layer_freq=[0, 1, 1, 0]),
+        dict(pp=2, dp=2, ep=2),
+    ),
+    "qwen2_moe": ("shared_expert", dict(add_qkv_bias=True), dict(tp=2, dp=2, ep=2, sp=True)),
+}
+
+
+def save_after_one_step(plan) -> None:
+    """A checkpoint after one large step."""
+    from megagpt.checkpoint import Checkpoints, TrainState
+    from megagpt.engine import build_engine
+    from megagpt.parallel.console import Console
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.parallel.ranks import start_ranks
+
+    ranks = start_ranks(plan, detect_launch())
+    engine = build_engine(plan, ranks)
+    batches = rank_batches(plan, ranks.data_rank, 0)
+    engine.train_step(batches, 0.1)
+    Checkpoints(plan, engine, ranks, Console(ranks.rank, False)).save(TrainState(1, 8, 1), {})
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_of_expert_and_tensor_parallel_ranks(family, tmp_path):
+    base, keys, layout = EXPERTS[family]
+    sections = {"model": keys | {"init_method_std": 0.1}, "checkpoint": {"directory": str(tmp_path / "checkpoints")}}
+    plan = tiny_plan(base, SGD, sections=sections, **layout)
+    run_ranks(save_after_one_step, 4, plan)
+    [checked] = run_ranks(export_it, 1, tmp_path / "checkpoints", tmp_path / "hf")
+    assert checked.export.family == family
+    assert checked.against_model.max_difference <= 1e-5
+    assert checked.against_training.max_difference <= 1e-5
+
+
+def export_it(checkpoint: Path, folder: Path):
+    from megagpt.export import export_checkpoint
+
+    return export_checkpoint(checkpoint, folder)
 
 
 def train_bf16_neox(folder: Path, dataset: dict) -> None:

@@ -5,6 +5,7 @@ package: h hidden size, n query heads, g query groups (key/value heads), d chann
 V vocabulary, P positions.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -95,12 +96,13 @@ def check_names(present: Iterable[str], expected: Iterable[str], where: str) -> 
     found = list(present)
     wanted = dict.fromkeys(expected)
     problems = []
-    if missing := [name for name in wanted if name not in set(found)]:
+    counts = Counter(found)
+    if missing := [name for name in wanted if name not in counts]:
         problems.append(f"lacks {shorten(missing)}")
     if unknown := [name for name in found if name not in wanted]:
         problems.append(f"has {shorten(unknown)}, which this model does not know")
-    if len(set(found)) != len(found):
-        problems.append(f"lists {shorten([name for name in wanted if found.count(name) > 1])} more than once")
+    if twice := [name for name in wanted if counts[name] > 1]:
+        problems.append(f"lists {shorten(twice)} more than once")
     if problems:
         raise ConversionError(f"{where} {' and '.join(problems)}; convert it with the model config it was made with")
 

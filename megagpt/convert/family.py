@@ -3,6 +3,7 @@
 Every reshaping is a permutation of elements, so a round trip is bit-exact. Shape letters: see `canonical.py`.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megagpt.convert.canonical import canonical_shapes, check_names
+from megagpt.convert.canonical import canonical_shapes, check_names, shorten
 from megagpt.errors import ConversionError
 from megagpt.plan.config import ModelConfig, Section
 
@@ -75,7 +76,10 @@ CONV1D_QKV = Reshaping(lambda model, tensor: (_transposed(torch.cat(_split_qkv(m
 
 @dataclass(frozen=True)
 class Row:
-    """One of our modules and the Hugging Face modules made of it; `{i}` stands for the layer."""
+    """One of our modules and the Hugging Face modules made of it; `{i}` stands for the layer, `{e}` for the expert.
+
+    `canonical` may also be the name of a parameter that is neither `.weight` nor `.bias`; it becomes a `.weight`.
+    """
 
     canonical: str
     hf: tuple[str, ...]
@@ -112,6 +116,7 @@ FEATURES: Mapping[str, tuple[Any, ...]] = {
     "scale_embedding": (False,),
     "parallel_residual": (False,),
     "num_experts": (None,),
+    "moe_shared_expert_intermediate_size": (None,),
 }
 """Values of keys that most families cannot express otherwise: what `Family.requires` says about them wins."""
 
@@ -186,7 +191,7 @@ class Family:
         Raises:
             ConversionError: the name is unknown, or a Hugging Face tensor has another shape than the config says.
         """
-        parts = [(name, source) for name, source in _sources(self, model).items() if source.canonical == canonical]
+        parts = _parts(self, model).get(canonical)
         if not parts:
             raise ConversionError(f"{canonical} is not a parameter of this model config")
         tensors = []
@@ -258,21 +263,47 @@ def _sources(family: Family, model: ModelConfig) -> dict[str, _Source]:
     """Hugging Face name -> source, in the order of the canonical names."""
     sources = dict[str, _Source]()
     rows = {row.canonical: row for row in family.rows}
+    without_bias = family.zeros(model)
     unmapped = []
     for canonical, shape in canonical_shapes(model).items():
         module, _, kind = canonical.rpartition(".")
-        layer = module.split(".")[1] if module.startswith("layers.") else ""
-        row = rows.get(module.replace(f"layers.{layer}.", "layers.{i}.", 1) if layer else module)
+        template, layer, expert = _template(module)
+        row = rows.get(template)
+        if row is None and (row := rows.get(f"{template}.{kind}")) is not None:
+            kind = "weight"
         if row is None:
             unmapped.append(canonical)
             continue
         parts = row.reshaping.split(model, torch.empty(shape, device="meta"))
         assert len(parts) == len(row.hf), row
         for part, (hf_module, tensor) in enumerate(zip(row.hf, parts, strict=True)):
-            hf_name = f"{hf_module.format(i=layer)}.{kind}"
+            hf_name = f"{hf_module.format(i=layer, e=expert)}.{kind}"
             sources[hf_name] = _Source(canonical, tuple(tensor.shape), row.reshaping, part)
-            if kind == "weight" and hf_module in family.zeros(model):
-                sources[f"{hf_module.format(i=layer)}.bias"] = _Source(None, (tensor.shape[0],))
+            if kind == "weight" and hf_module in without_bias:
+                sources[f"{hf_module.format(i=layer, e=expert)}.bias"] = _Source(None, (tensor.shape[0],))
     if unmapped:
-        raise ConversionError(f"the {family.name} family has no place for {', '.join(unmapped)}")
+        raise ConversionError(f"the {family.name} family has no place for {shorten(unmapped)}")
     return sources
+
+
+@lru_cache(maxsize=32)
+def _parts(family: Family, model: ModelConfig) -> dict[str, list[tuple[str, _Source]]]:
+    """Canonical name -> the Hugging Face tensors made of it, in order."""
+    parts = dict[str, list[tuple[str, _Source]]]()
+    for name, source in _sources(family, model).items():
+        if source.canonical is not None:
+            parts.setdefault(source.canonical, []).append((name, source))
+    return parts
+
+
+_NUMBERED = re.compile(r"^layers\.(\d+)\.(?:(mlp\.experts)\.(\d+)\.)?")
+
+
+def _template(module: str) -> tuple[str, str, str]:
+    """A module's name with `{i}` and `{e}` in place of its numbers, and these numbers ("" where there is none)."""
+    match = _NUMBERED.match(module)
+    if match is None:
+        return module, "", ""
+    layer, experts, expert = match.groups()
+    rest = module[match.end() :]
+    return f"layers.{{i}}.{experts}.{{e}}.{rest}" if experts else f"layers.{{i}}.{rest}", layer, expert or ""

@@ -92,7 +92,8 @@ def _mistral_config(model: ModelConfig) -> dict[str, Any]:
     return shared_config(model) | {"sliding_window": model.sliding_window}
 
 
-def _qwen_config(model: ModelConfig) -> dict[str, Any]:
+def qwen_config(model: ModelConfig) -> dict[str, Any]:
+    """Keys that all families of Qwen have."""
     if model.sliding_window is None:
         return shared_config(model) | {"use_sliding_window": False}
     # Layers from `max_window_layers` on have the window.
@@ -101,7 +102,7 @@ def _qwen_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def _qwen3_config(model: ModelConfig) -> dict[str, Any]:
-    return _qwen_config(model) | {"attention_bias": model.has_qkv_bias}
+    return qwen_config(model) | {"attention_bias": model.has_qkv_bias}
 
 
 LLAMA = Family("llama", "LlamaForCausalLM", llama_rows(), LLAMA_REQUIRES, llama_checks, _llama_config, _only_qkv_biased)
@@ -119,7 +120,7 @@ QWEN2 = Family(
     llama_rows(),
     LLAMA_REQUIRES | {"add_qkv_bias": (True,), "add_bias_linear": (False,), "sliding_window": ANY},
     odd_rotary,
-    _qwen_config,
+    qwen_config,
     brings_tokenizer=True,
 )
 QWEN3 = Family(

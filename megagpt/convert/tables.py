@@ -18,12 +18,26 @@ from megagpt.convert.family import Dtype, Family, Read, TokenIds
 from megagpt.convert.gemma_families import GEMMA, GEMMA2, GEMMA3
 from megagpt.convert.gpt_families import GPT2, GPT_NEOX
 from megagpt.convert.llama_families import LLAMA, MISTRAL, QWEN2, QWEN3
+from megagpt.convert.moe_families import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from megagpt.errors import ConversionError
 from megagpt.plan.config import ModelConfig
 
 __all__ = ["FAMILIES", "Dtype", "Family", "Read", "TokenIds", "family_for"]
 
-FAMILIES: tuple[Family, ...] = (QWEN2, QWEN3, LLAMA, MISTRAL, GEMMA, GEMMA2, GEMMA3, GPT2, GPT_NEOX)
+FAMILIES: tuple[Family, ...] = (
+    QWEN2,
+    QWEN3,
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    GPT_NEOX,
+)
 
 
 def family_for(model: ModelConfig, own_tokenizer: bool = False) -> Family:

@@ -100,6 +100,46 @@ MODELS: dict[str, tuple[str, dict]] = {
             "rotary_scaling": {"type": "linear", "factor": 8.0},
         },
     ),
+    "mixtral": ("mixtral", {"num_experts": 5, "moe_ffn_hidden_size": 20, "num_query_groups": 2}),
+    "mixtral-tied-window": (
+        "mixtral",
+        {
+            "num_experts": 3,
+            "moe_router_topk": 3,
+            "ffn_hidden_size": 36,
+            "sliding_window": 7,
+            "untie_embeddings_and_output_weights": False,
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 6, "moe_router_topk": 3, "moe_ffn_hidden_size": 28, "qk_layernorm": True, "kv_channels": 8},
+    ),
+    "qwen3_moe-dense-layer": (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "moe_ffn_hidden_size": 16,
+            "ffn_hidden_size": 40,
+            "moe_layer_freq": (0, 1),
+            "moe_router_pre_softmax": True,
+            "qk_layernorm": True,
+            "untie_embeddings_and_output_weights": False,
+        },
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_experts": 12,
+            "moe_router_topk": 4,
+            "moe_ffn_hidden_size": 16,
+            "moe_shared_expert_intermediate_size": 44,
+            "moe_shared_expert_gate": True,
+            "moe_router_pre_softmax": True,
+            "add_qkv_bias": True,
+            "moe_layer_freq": 2,
+        },
+    ),
     "gpt2-tied": ("gpt2", GPT2 | {"untie_embeddings_and_output_weights": False}),
     "gpt2-untied-gelu": ("gpt2", GPT2 | {"activation": "gelu", "ffn_hidden_size": 40}),
     "gpt2-relu": ("gpt2", GPT2 | {"activation": "relu", "add_qkv_bias": True}),
@@ -201,8 +241,25 @@ class ReferenceGPT:
             outputs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v)
         return self.linear(f"{layer}.self_attention.linear_proj", torch.cat(outputs, dim=-1))
 
-    def mlp(self, layer: str, x: Tensor) -> Tensor:
-        inner = self.linear(f"{layer}.mlp.linear_fc1", x)
+    def experts(self, mlp: str, x_BSH: Tensor) -> Tensor:
+        """Each token by itself: what the chosen experts and the shared one say of it."""
+        model, logits_BSE = self.model, self.linear(f"{mlp}.router", x_BSH)
+        output_BSH = torch.zeros_like(x_BSH)
+        for b, s in torch.cartesian_prod(*map(torch.arange, x_BSH.shape[:2])).tolist():
+            logits, x = logits_BSE[b, s].double(), x_BSH[b, s]
+            chosen = sorted(range(model.num_experts), key=lambda e: -logits[e])[: model.moe_router_topk]
+            shares = logits.exp() / (logits.exp() if model.moe_router_pre_softmax else logits[chosen].exp()).sum()
+            for expert in chosen:
+                output_BSH[b, s] += shares[expert].float() * self.mlp(f"{mlp}.experts.{expert}", x)
+        if model.moe_shared_expert_intermediate_size:
+            gate = (x_BSH @ self.weights[f"{mlp}.shared_experts.gate_weight"].T).sigmoid()
+            output_BSH = output_BSH + gate * self.mlp(f"{mlp}.shared_experts", x_BSH)
+        return output_BSH
+
+    def mlp(self, mlp: str, x: Tensor) -> Tensor:
+        if f"{mlp}.router.weight" in self.weights:
+            return self.experts(mlp, x)
+        inner = self.linear(f"{mlp}.linear_fc1", x)
         kind = self.model.activation
         if "glu" in kind:
             gate, up = inner.chunk(2, dim=-1)
@@ -210,7 +267,7 @@ class ReferenceGPT:
             inner = (F.silu(gate) if kind == "swiglu" else F.gelu(gate, approximate=approximate)) * up
         else:
             inner = F.relu(inner) if kind == "relu" else F.gelu(inner, approximate="tanh" if "tanh" in kind else "none")
-        return self.linear(f"{layer}.mlp.linear_fc2", inner)
+        return self.linear(f"{mlp}.linear_fc2", inner)
 
     def __call__(self, tokens_BS: Tensor) -> Tensor:
         x = self.weights["embedding.word_embeddings.weight"][tokens_BS]
@@ -225,7 +282,7 @@ class ReferenceGPT:
                 output = self.norm(f"{layer}.post_self_attn_layernorm", output)
             attended = x + output
             mlp_input = x if self.model.parallel_residual else attended
-            output = self.mlp(layer, self.norm(f"{layer}.pre_mlp_layernorm", mlp_input))
+            output = self.mlp(f"{layer}.mlp", self.norm(f"{layer}.pre_mlp_layernorm", mlp_input))
             if self.model.post_layernorms:
                 output = self.norm(f"{layer}.post_mlp_layernorm", output)
             x = attended + output

@@ -1,9 +1,12 @@
 """Models as transformers initialises them, read into ours: the same logits, family by family."""
 
+import tempfile
+
 import pytest
 import torch
 import transformers
 from ranks import run_ranks
+from safetensors.torch import load_file
 
 from megagpt.convert.canonical import canonical_shapes
 from megagpt.convert.tables import FAMILIES, family_for
@@ -64,6 +67,29 @@ CASES: dict[str, tuple[str, dict, dict]] = {
         dict(num_key_value_heads=2, head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
         RMS | dict(num_query_groups=2, kv_channels=16, qk_layernorm=True, rotary_base=1e6),
     ),
+    "mixtral": (
+        "mixtral",
+        dict(num_key_value_heads=2, num_local_experts=6, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+        dict(ffn_hidden_size=80, num_query_groups=2, num_experts=6, rotary_base=1e6),
+    ),
+    "qwen 1.5 moe": (
+        "qwen2_moe",
+        dict(num_key_value_heads=4, num_experts=8, moe_intermediate_size=24, shared_expert_intermediate_size=56)
+        | dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+        RMS
+        | dict(num_experts=8, moe_ffn_hidden_size=24, moe_shared_expert_intermediate_size=56, rotary_base=1e6)
+        | dict(moe_router_topk=4, moe_shared_expert_gate=True, moe_router_pre_softmax=True, add_qkv_bias=True),
+    ),
+    "qwen3 moe": (
+        "qwen3_moe",
+        dict(num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True)
+        | dict(
+            mlp_only_layers=[1], moe_intermediate_size=24, rope_parameters=dict(rope_type="default", rope_theta=1e6)
+        ),
+        RMS
+        | dict(num_query_groups=2, kv_channels=16, num_experts=8, moe_router_topk=3, moe_ffn_hidden_size=24)
+        | dict(moe_layer_freq=[1, 0, 1], qk_layernorm=True, rotary_base=1e6),
+    ),
     "gemma": (
         "gemma",
         dict(num_key_value_heads=1, head_dim=16),
@@ -113,6 +139,13 @@ CASES: dict[str, tuple[str, dict, dict]] = {
 }
 
 
+def saved_tensors(hf_model) -> dict[str, torch.Tensor]:
+    """All tensors under the names that they have in files, which for experts are not those of the modules."""
+    with tempfile.TemporaryDirectory() as folder:
+        hf_model.save_pretrained(folder)
+        return load_file(f"{folder}/model.safetensors")
+
+
 def difference_of_logits(name: str) -> tuple[float, float]:
     """Largest difference between transformers' logits and ours, and largest logit, for the same weights."""
     from megagpt.engine.engine import named_parameters
@@ -131,10 +164,7 @@ def difference_of_logits(name: str) -> tuple[float, float]:
     plan = make_plan(run, deepspeed_config_from_dict({"train_batch_size": 2}), 1)
     family = family_for(run.model)
     assert family.name == family_name
-    theirs = {n.replace("lm_head.", "embed_out.") if family_name == "gpt_neox" else n: t
-              for n, t in hf_model.state_dict().items()}  # fmt: skip
-    if not run.model.untie_embeddings_and_output_weights:
-        del theirs["lm_head.weight"]
+    theirs = saved_tensors(hf_model)
     family.check_hf(theirs, theirs.__getitem__, run.model, name)
     gpt = GPT(plan).eval()
     assert {n for n, _ in named_parameters(gpt, plan)} == set(canonical_shapes(run.model))

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from convert_reference import GPT2, MODELS, NEOX, SIZES, ReferenceGPT, model_of, random_weights
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from megagpt.convert.canonical import canonical_shapes
 from megagpt.convert.family import TokenIds
@@ -19,19 +20,14 @@ ALL = [(name, tokenizer) for name in MODELS for tokenizer in (False, True) if no
 
 
 def to_hf_model(model: ModelConfig, weights: dict, own_tokenizer: bool, tmp_path) -> torch.nn.Module:
-    """Build the transformers model from config.json and load all tensors by name, strictly."""
+    """Have transformers load a folder of our tensors; none may be missing or unknown to it."""
     family = family_for(model, own_tokenizer)
     (tmp_path / "config.json").write_text(json.dumps(family.hf_config(model, TokenIds(1, 2, 3))))
-    hf_model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).eval()
     state = {name: family.to_hf(name, weights.__getitem__, model) for name in family.hf_names(model)}
-    # transformers 4 and all files on hubs say embed_out, transformers 5 renames it while loading
-    state = {name.replace("embed_out.", "lm_head."): tensor for name, tensor in state.items()}
-    wanted = set(hf_model.state_dict()) - ({"lm_head.weight"} if hf_model.config.tie_word_embeddings else set())
-    assert set(state) == wanted
-    if hf_model.config.tie_word_embeddings:
-        state["lm_head.weight"] = hf_model.get_input_embeddings().weight  # the same parameter
-    hf_model.load_state_dict(state, strict=True)
-    return hf_model
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    hf_model, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values()), loading
+    return hf_model.eval()
 
 
 @pytest.mark.parametrize(("name", "own_tokenizer"), ALL)
@@ -104,6 +100,19 @@ IMPOSSIBLE = {
     "a window in a biased Llama": (
         {"sliding_window": 8, "add_bias_linear": True},
         {"llama": "model.sliding_window=8 (can be null)", "mistral": "model.add_bias_linear=True (can be False)"},
+    ),
+    "a shared expert without a gate": (
+        {"num_experts": 4, "moe_shared_expert_intermediate_size": 16},
+        {
+            "mixtral": "model.moe_shared_expert_intermediate_size=16 (can be null)",
+            "qwen2_moe": "model.moe_shared_expert_gate=False (can be True)",
+            "qwen3_moe": "model.qk_layernorm=False (can be True)",
+            "llama": "model.num_experts=4 (can be null)",
+        },
+    ),
+    "a dense layer in Mixtral": (
+        {"num_experts": 4, "moe_layer_freq": 2},
+        {"mixtral": "model.moe_layer_freq=2 (can be 1: all layers have experts)"},
     ),
     "normalised heads in NeoX": (NEOX | {"qk_layernorm": True}, {"gpt_neox": "model.qk_layernorm=True"}),
     "stretched NeoX": (
