@@ -56,6 +56,12 @@ class RankError(TrainingError):
         self.exit_code = exit_code
 
 
+class UnreliableError(TrainingError):
+    """A device or a transfer has erred silently; started again elsewhere, the run may well go on."""
+
+    exit_code = 75
+
+
 class ConversionError(MegagptError):
     """A model has no exact counterpart in the target format, or its logits differ after conversion."""
 

@@ -24,10 +24,12 @@ from megagpt.supervise.stopping import Stopping
 
 if TYPE_CHECKING:
     from megagpt.checkpoint import Checkpoints, TrainState
+    from megagpt.data.loader import MicroBatch
     from megagpt.data.samples import SampleStream
     from megagpt.engine import Engine
     from megagpt.metrics import Meter
     from megagpt.parallel.ranks import Ranks
+    from megagpt.supervise.careful import Rewindable
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -96,10 +98,11 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         require_writable_folders(plan, ranks)
         from megagpt.checkpoint import Checkpoints
         from megagpt.engine import build_engine
+        from megagpt.supervise.careful import judge_of
         from megagpt.supervise.watch import watch
     with watch(plan, ranks) as pulse:
         with console.muted():
-            engine = build_engine(plan, ranks, pulse)
+            engine = build_engine(plan, ranks, pulse, judge_of(plan))
         console.say(headline(plan, launch))
         for note in plan.notes:
             console.say(f"note: {note}")
@@ -180,28 +183,24 @@ def train(
         TrainingError: the loss is not finite.
     """
     from megagpt.checkpoint import TrainState
-    from megagpt.data.loader import train_batches
     from megagpt.metrics import Meter
     from megagpt.optim import learning_rate
     from megagpt.parallel.consensus import Consensus
+    from megagpt.supervise.careful import CarefulSteps
+    from megagpt.supervise.replicas import differing_replicas
+    from megagpt.supervise.returning import Returning
 
     run, total_steps = plan.run, plan.run.training.steps
     pulse = engine.pulse
     pulse.enter(Phase.RESTORE)
     restored = checkpoints.restore_latest()
     state = restored or TrainState()
-    assert streams["train"] is not None
-    batches = train_batches(
-        streams["train"],
-        first_sample=state.samples,
-        global_batch_size=plan.global_batch_size,
-        microbatch_size=plan.microbatch_size,
-        data_parallel_rank=ranks.data_rank,
-        data_parallel_size=ranks.data_size,
-    )
+    batches = _batches_from(state.samples, plan, ranks, streams)
     votes = Consensus(ranks, width=2)
     stopping = Stopping(stop, _deadline(plan, ranks), votes)
     with contextlib.closing(Meter(plan, console, first_step=state.step)) as meter:
+        careful = CarefulSteps(plan, engine, meter.say, console.is_writer)
+        returning = Returning(plan, checkpoints, careful, meter.say)
         evaluate_split = _evaluator(plan, ranks, engine, streams, meter)
         if restored is None and run.training.eval_interval:
             evaluate_split("validation", state.step)
@@ -211,7 +210,7 @@ def train(
         while state.step < total_steps and reason is None:
             pulse.begin_step(state.step)
             rate = learning_rate(state.step, plan)
-            result = engine.train_step(batches, rate)
+            result = careful.take(batches, rate, state.step + 1, state.samples)
             pulse.enter(Phase.BETWEEN)
             state = state.advance(samples=plan.global_batch_size, skipped=result.skipped)
             meter.record(state.step, rate, result.loss, result.grad_norm, result.loss_scale, result.skipped)
@@ -223,17 +222,45 @@ def train(
             reports = evaluates or saves or due(state.step, run.logging.interval)
             if reports:  # before a save: what is recorded up to a checkpoint survives a kill, and is finite
                 meter.report(engine.expert_figures())
+            problem = None
+            if saves or due(state.step, run.supervision.replica_check_interval):
+                problem = differing_replicas(engine.parameters, ranks)
+            if problem or (careful.bad_in_a_row and (is_last or careful.bad_in_a_row == run.supervision.max_bad_steps)):
+                state = returning.go_back(state.step, state.samples, problem)
+                meter.go_back(state.step)
+                batches = _batches_from(state.samples, plan, ranks, streams)
+                continue
             if evaluates:
                 evaluate_split("validation", state.step)
             if is_last:
                 evaluate_split("test", state.step)
-            if saves:
+            if saves and not careful.bad_in_a_row:  # else the weights are in doubt until a step is good again
                 pulse.enter(Phase.SAVE)
                 stopping.note_save(_save(checkpoints, state, meter))
             if reason is not None:
                 meter.say(f"{meter.at(state.step)}  {reason}; {_way_on(plan)}")
     votes.close()
     return state
+
+
+def _batches_from(
+    first_sample: int, plan: Plan, ranks: "Ranks", streams: "dict[str, SampleStream | None]"
+) -> "Rewindable[MicroBatch]":
+    """This data-parallel rank's micro-batches from a sample of the run on."""
+    from megagpt.data.loader import train_batches
+    from megagpt.supervise.careful import Rewindable
+
+    assert streams["train"] is not None
+    return Rewindable(
+        train_batches(
+            streams["train"],
+            first_sample=first_sample,
+            global_batch_size=plan.global_batch_size,
+            microbatch_size=plan.microbatch_size,
+            data_parallel_rank=ranks.data_rank,
+            data_parallel_size=ranks.data_size,
+        )
+    )
 
 
 def _deadline(plan: Plan, ranks: "Ranks") -> Deadline:

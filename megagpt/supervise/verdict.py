@@ -120,10 +120,9 @@ def describe_lost(rank: Seen) -> str:
     """A sentence about a rank that is gone or frozen."""
     beat = rank.beat
     if rank.condition == "gone":
-        return (
-            f"{rank.name} is gone: its process {beat.pid} ended without a word, last seen in {beat.phase} "
-            f"({rank.place}); {rank.detail or 'it was killed, or its host was lost: see the log of its kernel and of the scheduler'}"
-        )
+        why = rank.detail or "it was killed, or its host was lost: see the log of its kernel and of the scheduler"
+        where = f"last seen in {beat.phase} ({rank.place})"
+        return f"{rank.name} is gone: its process {beat.pid} ended without a word, {where}; {why}"
     how = rank.detail or "nothing is heard of it: its host or the way to the shared folder is lost"
     return f"{rank.name} does not run any more: {how}; it was last seen in {beat.phase} ({rank.place})"
 
