@@ -87,10 +87,12 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
             f"{plan.run.training.steps:,}: the run is finished, nothing to do; to go on, raise training.steps"
         )
         return 0
+    from megagpt.data.fingerprint import fingerprints
     from megagpt.data.loader import open_dataset
 
     model, training = plan.model, plan.run.training
     streams = open_dataset(plan.run.data, model.vocab_size, plan.seq_length, training.seed)
+    hashes = fingerprints(plan.run.data) if launch.rank == 0 else {}
     with console.muted():
         from megagpt.parallel.ranks import start_ranks, stop_ranks
 
@@ -108,7 +110,7 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
             console.say(f"note: {note}")
         for remark in remarks(plan, streams):
             console.warn(remark)
-        checkpoints = Checkpoints(plan, engine, ranks, console)
+        checkpoints = Checkpoints(plan, engine, ranks, console, ranks.broadcast_object(hashes))
         train(plan, ranks, engine, checkpoints, streams, console, stop)
     stop_ranks()
     return 0

@@ -4,9 +4,11 @@ import contextlib
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megagpt import __version__
+from megagpt.checkpoint.changes import require_unchanged
 from megagpt.checkpoint.manifest import (
     FORMAT,
     PROBE,
@@ -43,6 +46,9 @@ os.umask(_UMASK)
 
 PROBE_POSITIONS = 32
 """Positions of the probe whose logits are kept: enough to tell models apart, little enough to keep for ever."""
+
+PROBE_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+"""Share of the largest logit, by precision. Rounding weights and activations to 16 bits moves logits by percents."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def finished_step(plan: Plan) -> int | None:
             continue
         if reader.manifest.step < plan.run.training.steps or reader.problems(with_hash=False):
             return None
-        require_same_model(reader, plan)
+        require_unchanged(reader, plan, {})
         return reader.manifest.step
     return None
 
@@ -102,10 +108,19 @@ class Checkpoints:
         engine: the model.
         ranks: this process's place.
         console: for messages.
+        fingerprints: hashes of the run's `dataset` and `tokenizer`.
     """
 
-    def __init__(self, plan: Plan, engine: TrainedModel, ranks: Ranks, console: Console):
+    def __init__(
+        self,
+        plan: Plan,
+        engine: TrainedModel,
+        ranks: Ranks,
+        console: Console,
+        fingerprints: Mapping[str, str] = MappingProxyType({}),
+    ):
         self.plan, self.engine, self.ranks, self.console = plan, engine, ranks, console
+        self.fingerprints = dict(fingerprints)
         folder = plan.run.checkpoint.directory
         self.directory = Path(folder) if folder else None
         self._gated = plan.model.is_gated
@@ -204,6 +219,9 @@ class Checkpoints:
             parameters={n: Parameter(shape=shape, pieces=tuple(parts)) for n, (shape, parts) in parameters.items()},
             files=files,
             metrics=metrics,
+            fingerprints=self.fingerprints,
+            precision=self.plan.precision,
+            probe_tolerance=PROBE_TOLERANCE[self.plan.precision],
         )
 
     def _complete(self, temporary: Path, final: Path, manifest: Manifest) -> None:
@@ -250,7 +268,7 @@ class Checkpoints:
             if reader is None:
                 damaged.append(folder)
                 continue
-            require_same_model(reader, self.plan)
+            require_unchanged(reader, self.plan, self.fingerprints, self.console)
             self._load_together(reader)
             self._set_aside(damaged)
             updates = reader.manifest.updates_done if self._has_moments(reader) else 0
@@ -275,6 +293,12 @@ class Checkpoints:
         self.ranks.barrier()
 
     def _load_together(self, reader: CheckpointReader) -> None:
+        names = {name for part in self.ranks.gather_objects(list(self.engine.parameters)) for name in part}
+        if unused := sorted(set(reader.names) - names):
+            raise CheckpointError(
+                f"{reader.folder}: the model has no place for {', '.join(unused[:3])}{' ...' if unused[3:] else ''}; "
+                "such a change of the model cannot be forced"
+            )
         problem = None
         try:
             self._load(reader)
@@ -312,6 +336,11 @@ class Checkpoints:
         with torch.no_grad():
             for name in self.engine.parameters:
                 shard = read(name, "weight")
+                if tuple(shard.shape) != self.engine.shard_shape(name):
+                    raise CheckpointError(
+                        f"{reader.folder}: {name} is {list(shard.shape)} on this rank, the model wants "
+                        f"{list(self.engine.shard_shape(name))}; such a change of the model cannot be forced"
+                    )
                 self.engine.load_weight(name, shard)
                 fragment = fragments.get(name)
                 if fragment is None:
@@ -329,22 +358,6 @@ class Checkpoints:
         sizes = plan.tensor_parallel_size, plan.context_parallel_size, plan.pipeline_parallel_size
         if layout == (plan.world_size, *sizes):
             set_rng_state(reader.rng(ranks.rank))
-
-
-def require_same_model(reader: CheckpointReader, plan: Plan) -> None:
-    """See that a checkpoint holds the Plan's model; dropout may differ.
-
-    Raises:
-        CheckpointError: it does not; the message lists the keys that differ.
-    """
-    skipped = {"preset", "hidden_dropout", "attention_dropout"}
-    there, here = reader.run.model.model_dump(), plan.model.model_dump()
-    differing = [key for key in here if key not in skipped and here[key] != there[key]]
-    if differing:
-        shown = ", ".join(f"model.{key}={here[key]!r} (there {there[key]!r})" for key in differing)
-        raise CheckpointError(
-            f"{reader.folder} belongs to another model: {shown}; use its settings or another checkpoint.directory"
-        )
 
 
 def probe_tokens(plan: Plan) -> Tensor:

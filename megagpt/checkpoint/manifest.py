@@ -4,7 +4,9 @@ A checkpoint is a folder `step-00000200/` with
 
     rank-00000.safetensors ...   per rank: the fragments of weights and moments that it owns (1-D, fp32) and its
                                  random states, as `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `rng/NAME`
-    probe.safetensors            tokens and the trained model's logits for them
+    probe.safetensors            `tokens` [1, S] int64, the same pseudo-random ones in every checkpoint of a model, and
+                                 `logits` [1, P, vocabulary] fp32: what the training ranks, in their layout and
+                                 precision, computed for the first P positions without dropout
     manifest.json                what is where, with sizes and hashes
     manifest.sha256              hash of the manifest, written last; a folder without these two does not count
 
@@ -95,6 +97,12 @@ class Manifest(_Record):
     files: dict[str, File]
     metrics: dict[str, float]
     """Last known losses."""
+    fingerprints: dict[str, str] = Field(default_factory=dict)
+    """Hashes of the `dataset` and of the `tokenizer` that the run had, as far as it had any."""
+    precision: str
+    """Type that the run computed in: fp32, bf16 or fp16."""
+    probe_tolerance: float = Field(gt=0)
+    """Share of the largest logit of the probe by which the same weights, computed exactly, may differ from it."""
 
     @property
     def updates_done(self) -> int:

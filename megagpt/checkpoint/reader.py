@@ -106,7 +106,11 @@ class CheckpointReader:
             return {key.removeprefix(prefix): file.get_tensor(key) for key in keys if key.startswith(prefix)}
 
     def probe(self) -> tuple[Tensor, Tensor]:
-        """The probe: tokens [B, S] and the trained model's logits [B, P, vocabulary] at the first P positions."""
+        """The probe: tokens [1, S] and the trained model's logits [1, P, vocabulary] at the first P positions.
+
+        The logits were computed in `manifest.precision`; the same weights computed exactly may differ from them by
+        `manifest.probe_tolerance` times the largest logit.
+        """
         with self._open(PROBE) as file:
             return file.get_tensor("tokens"), file.get_tensor("logits")
 

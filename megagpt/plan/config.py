@@ -309,6 +309,9 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 saves at the end only."""
     keep_last: Positive = 2
     """Number of newest checkpoints kept."""
+    allow_changes: Annotated[tuple[Literal["model", "dataset", "tokenizer", "seed"], ...], Strict(False)] = ()
+    """What may differ from the run that wrote the checkpoint to resume from; everything else is refused. `model` allows
+    what leaves all weights their shapes; `dataset` also covers data.split and training.seq_length."""
 
 
 class LoggingConfig(Section):

@@ -1,0 +1,36 @@
+"""What tells one dataset or tokenizer from another; checkpoints keep it, so that no run goes on with another one."""
+
+import hashlib
+from pathlib import Path
+
+from megagpt.data.files import sha256_of_file
+from megagpt.data.indexed import bin_path, idx_path
+from megagpt.data.manifest import read_manifest
+from megagpt.data.tokenizer import Tokenizer
+from megagpt.plan.config import DataConfig
+
+
+def fingerprints(config: DataConfig) -> dict[str, str]:
+    """Hashes of the `dataset` and of its `tokenizer`, as far as there is something to tell them from.
+
+    The dataset's is taken from its manifest; without one (Megatron's own files) from the index and the size of the
+    token file.
+
+    Raises:
+        DataError: a file is missing or damaged.
+        OSError: the index cannot be read.
+    """
+    found = {}
+    manifest = None
+    if config.prefix is not None:
+        manifest = read_manifest(config.prefix)
+        if manifest is not None:
+            parts = manifest.bin_sha256, manifest.idx_sha256
+        else:
+            parts = str(Path(bin_path(config.prefix)).stat().st_size), sha256_of_file(idx_path(config.prefix))
+        found["dataset"] = hashlib.sha256("/".join(parts).encode()).hexdigest()
+    if manifest is not None:
+        found["tokenizer"] = manifest.tokenizer_sha256
+    elif config.tokenizer is not None:
+        found["tokenizer"] = Tokenizer.load(config.tokenizer).sha256
+    return found
