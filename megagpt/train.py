@@ -189,7 +189,6 @@ def train(
     from megagpt.optim import learning_rate
     from megagpt.parallel.consensus import Consensus
     from megagpt.supervise.careful import CarefulSteps
-    from megagpt.supervise.replicas import differing_replicas
     from megagpt.supervise.returning import Returning
 
     run, total_steps = plan.run, plan.run.training.steps
@@ -201,7 +200,7 @@ def train(
     votes = Consensus(ranks, width=2)
     stopping = Stopping(stop, _deadline(plan, ranks), votes)
     with contextlib.closing(Meter(plan, console, first_step=state.step)) as meter:
-        careful = CarefulSteps(plan, engine, meter.say, console.is_writer)
+        careful = CarefulSteps(plan, engine, ranks, meter.say)
         returning = Returning(plan, checkpoints, careful, meter.say)
         evaluate_split = _evaluator(plan, ranks, engine, streams, meter)
         if restored is None and run.training.eval_interval:
@@ -224,11 +223,8 @@ def train(
             reports = evaluates or saves or due(state.step, run.logging.interval)
             if reports:  # before a save: what is recorded up to a checkpoint survives a kill, and is finite
                 meter.report(engine.expert_figures())
-            problem = None
-            if saves or due(state.step, run.supervision.replica_check_interval):
-                problem = differing_replicas(engine.parameters, ranks)
-            if problem or (careful.bad_in_a_row and (is_last or careful.bad_in_a_row == run.supervision.max_bad_steps)):
-                state = returning.go_back(state.step, state.samples, problem)
+            if careful.bad_in_a_row and (is_last or careful.bad_in_a_row == run.supervision.max_bad_steps):
+                state = returning.go_back(state.step, state.samples)
                 meter.go_back(state.step)
                 batches = _batches_from(state.samples, plan, ranks, streams)
                 continue

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megagpt.engine.experts import expert_figures, tell_experts_to_deepspeed
 from megagpt.engine.fragments import Fragment, local_fragments
-from megagpt.engine.guard import Judge, UpdateGuard
+from megagpt.engine.guard import Check, Judge, UpdateGuard
 from megagpt.engine.loss_scale import own_loss_scaler
 from megagpt.engine.phases import tell_phases
 from megagpt.engine.pipeline import pipeline_module
@@ -88,7 +88,9 @@ class Engine:
         if self._is_pipeline:
             tell_phases(wrapped, self.pulse)
 
-    def train_step(self, batches: Iterator[Batch], learning_rate: float, rehearsal: bool = False) -> StepResult:
+    def train_step(
+        self, batches: Iterator[Batch], learning_rate: float, *, rehearsal: bool = False, check: Check | None = None
+    ) -> StepResult:
         """Take one global batch from `batches` and update the weights.
 
         Args:
@@ -96,8 +98,9 @@ class Engine:
                 takes its positions.
             learning_rate: of this update.
             rehearsal: compute all but leave the weights as they are; needs a judge.
+            check: asked before the update, besides the judge; needs one.
         """
-        self._guard.is_rehearsal = rehearsal
+        self._guard.is_rehearsal, self._guard.check = rehearsal, check
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         zero, is_fp16 = self._wrapped.optimizer, self.plan.precision == "fp16"

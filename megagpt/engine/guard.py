@@ -17,6 +17,8 @@ from megagpt.parallel.ranks import Ranks
 
 Judge = Callable[[float, float], str | None]
 """What is wrong with the mean loss and the gradient norm of a step, in words; None: nothing."""
+Check = Callable[[], str | None]
+"""What is wrong with the weights before an update, in words, the same on all ranks; collective."""
 
 
 class UpdateGuard:
@@ -36,6 +38,8 @@ class UpdateGuard:
         self._asked, self.problem = False, None  # type: bool, str | None
         self.is_rehearsal = False
         """Whether the next step is only to be looked at: nothing is judged nor updated."""
+        self.check: Check | None = None
+        """Asked before the next update, besides the judge."""
         if judge is not None:
             step = optimizer.step
             optimizer.step = lambda *args, **kwargs: None if self._objects() else step(*args, **kwargs)  # type: ignore
@@ -73,6 +77,8 @@ class UpdateGuard:
             self._asked = True
             assert self._judge is not None
             self.problem = self._judge(*self._loss_and_norm())
+            if self.check is not None and self.problem is None:
+                self.problem = self.check()
         return self.problem is not None
 
     def _loss_and_norm(self) -> tuple[float, float]:

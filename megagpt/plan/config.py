@@ -336,13 +336,12 @@ class SupervisionConfig(Section):
     max_bad_steps: NonNegative = 3
     """A step whose loss or gradient is no number, or a spike, is computed again, and if it stays so its update is
     skipped; after so many in a row the run goes back to its last checkpoint and skips the samples from there on. 0:
-    the run ends at the first one that is no number."""
+    the run ends at the first one that is no number, and what follows here is not done either."""
     spike_threshold: Annotated[float, Field(ge=0)] = 10.0
     """A loss so many robust standard deviations (of the last 128 steps) above their median, and 10 % above it, is a
     spike; 0: only nan and inf count."""
     replica_check_interval: NonNegative = 500
-    """Steps between comparisons of the weights that data-parallel ranks have in common, to the last bit; before each
-    save besides. 0: never."""
+    """Every so many steps the weights that data-parallel ranks have in common are compared to the last bit; 0: never."""
     recompute_interval: NonNegative = 1000
     """Every so many steps a step is computed twice and its figures are compared; 0: never."""
 

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megagpt.supervise.pulse import Phase
 
+FOLDER = "watchdog"
+"""Beside the logs; holds a folder for each start."""
 REPORT = "report.txt"
 _VERDICT = "verdict.json"
 _STACKS_WANTED = "stacks-wanted"

@@ -7,16 +7,18 @@ nothing had been. If not, the samples are skipped. Now and then a good step is c
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from megagpt.errors import UnreliableError
+from megagpt.parallel.ranks import Ranks
 from megagpt.parallel.rng import rng_state, set_rng_state
 from megagpt.plan import Plan
 from megagpt.supervise.judge import SpikeJudge
+from megagpt.supervise.replicas import differing_replicas
 
 Item = TypeVar("Item")
 SKIPPED_FILE = "skipped.jsonl"
@@ -27,7 +29,16 @@ RELATIVE_TOLERANCE = 1e-3
 class SteppingEngine(Protocol):
     """What is needed of an engine."""
 
-    def train_step(self, batches: Iterator[Any], learning_rate: float, rehearsal: bool = False) -> Any: ...
+    parameters: dict[str, Any]
+
+    def train_step(
+        self,
+        batches: Iterator[Any],
+        learning_rate: float,
+        *,
+        rehearsal: bool = False,
+        check: Callable[[], str | None] | None = None,
+    ) -> Any: ...
     def loss_scale_state(self) -> dict[str, float] | None: ...
     def set_loss_scale_state(self, state: dict[str, float]) -> None: ...
 
@@ -65,16 +76,16 @@ class CarefulSteps:
 
     Args:
         plan: of the run.
-        engine: asks `judge` before its updates.
+        engine: asks `judge_of(plan)` before its updates.
+        ranks: this process's place.
         say: prints a line on rank 0, does nothing elsewhere.
-        is_writer: whether this rank writes the list of skipped samples.
     """
 
-    def __init__(self, plan: Plan, engine: SteppingEngine, say: Any, is_writer: bool):
-        self.plan, self.engine, self._say = plan, engine, say
+    def __init__(self, plan: Plan, engine: SteppingEngine, ranks: Ranks, say: Callable[[str], None]):
+        self.plan, self.engine, self.ranks, self._say = plan, engine, ranks, say
         supervision, directory = plan.run.supervision, plan.run.logging.directory
-        self._interval = supervision.recompute_interval
-        self._log = Path(directory) / SKIPPED_FILE if is_writer and directory else None
+        self._is_judged = supervision.max_bad_steps > 0
+        self._log = Path(directory) / SKIPPED_FILE if ranks.rank == 0 and directory else None
         self._has_dropout = plan.model.hidden_dropout > 0 or plan.model.attention_dropout > 0
         self.bad_in_a_row = 0
         """Steps whose update was not made, up to the last one."""
@@ -94,18 +105,22 @@ class CarefulSteps:
         Raises:
             UnreliableError: the step gave other figures when it was computed again; on all ranks.
         """
+        if not self._is_judged:
+            return self.engine.train_step(batches, learning_rate)
+        supervision = self.plan.run.supervision
         batches.mark()
         random = rng_state() if self._has_dropout else None
         rehearsed = None
-        if self._interval and step % self._interval == 0:
-            rehearsed = self._again(batches, learning_rate, random, rehearsal=True)
-        result = self.engine.train_step(batches, learning_rate)
-        if rehearsed is not None and result.problem is None and not result.skipped:
+        if _due(step, supervision.recompute_interval):
+            rehearsed = self._rehearse(batches, learning_rate, random)
+        check = self._compare_copies if _due(step, supervision.replica_check_interval) else None
+        result = self.engine.train_step(batches, learning_rate, check=check)
+        if rehearsed is not None and not result.skipped:
             self._compare(step, rehearsed, result)
         if result.problem is not None:
             problem = result.problem
             self._rewind(batches, random)
-            result = self.engine.train_step(batches, learning_rate)
+            result = self.engine.train_step(batches, learning_rate, check=check)
             if result.problem is None:
                 self._say(
                     f"step {step}: {problem}; computed again from the same samples all is well, so the run goes on "
@@ -135,10 +150,14 @@ class CarefulSteps:
             with self._log.open("a") as file:
                 file.write(json.dumps({"step": step, "samples": [first, behind], "why": problem}) + "\n")
 
-    def _again(self, batches: Rewindable, rate: float, random: dict[str, torch.Tensor] | None, rehearsal: bool) -> Any:
+    def _compare_copies(self) -> str | None:
+        # Before an update, which would give all of them the same weights again.
+        return differing_replicas(self.engine.parameters, self.ranks)
+
+    def _rehearse(self, batches: Rewindable, rate: float, random: dict[str, torch.Tensor] | None) -> Any:
         """Compute a step that updates nothing, and have all as before."""
         scale = self.engine.loss_scale_state()
-        result = self.engine.train_step(batches, rate, rehearsal=rehearsal)
+        result = self.engine.train_step(batches, rate, rehearsal=True)
         if scale is not None:
             self.engine.set_loss_scale_state(scale)
         self._rewind(batches, random)
@@ -163,3 +182,7 @@ def judge_of(plan: Plan) -> SpikeJudge | None:
     """Who judges the steps of a run; None if nothing is to be skipped."""
     supervision = plan.run.supervision
     return SpikeJudge(supervision.spike_threshold) if supervision.max_bad_steps else None
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

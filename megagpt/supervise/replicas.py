@@ -1,6 +1,7 @@
 """Find silent corruption: the weights that data-parallel ranks have in common must be the same to the last bit.
 
-ZeRO gives every rank the same updated weights, so that a difference is a flipped bit or a broken transfer.
+ZeRO gives every rank the same updated weights, so that a difference before the next update is a flipped bit or a broken
+transfer.
 """
 
 import socket

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from megagpt.errors import TrainingError, UnreliableError
+from megagpt.errors import TrainingError
 from megagpt.plan import Plan
 from megagpt.supervise.careful import CarefulSteps
 
@@ -33,19 +33,16 @@ class Returning:
         self.plan, self.checkpoints, self.careful, self._say = plan, checkpoints, careful, say
         self._returns: Counter[int] = Counter()
 
-    def go_back(self, step: int, samples: int, corruption: str | None) -> Any:
-        """The state to go on from; collective.
+    def go_back(self, step: int, samples: int) -> Any:
+        """The state to go on from; collective. The samples since the checkpoint are skipped, as published runs did
+        (PaLM, arXiv 2204.02311, section 5.1).
 
         Args:
             step: where the run stands.
             samples: that it has consumed.
-            corruption: what has been found about the weights; the samples are not to blame, so none is skipped. None:
-                the last steps were bad, and the samples since the checkpoint are skipped, as published runs did
-                (PaLM, arXiv 2204.02311, section 5.1).
 
         Raises:
-            UnreliableError: weights were found corrupt again and again, or there is no checkpoint to go back to.
-            TrainingError: the same for bad steps.
+            TrainingError: there is no checkpoint to go back to, or that has not helped.
         """
         bad, problem = self.careful.bad_in_a_row, self.careful.last_problem
         restored = self.checkpoints.restore_latest()
@@ -55,12 +52,7 @@ class Returning:
             why = "there is no checkpoint to go back to"
             if restored is not None:
                 why = f"so it was after {MOST_PER_CHECKPOINT} returns to the checkpoint of step {restored.step}"
-            if corruption is not None:
-                raise UnreliableError(f"step {step}: {corruption}; {why}")
             raise TrainingError(f"step {step - bad + 1}: {problem}: {divergence_advice(self.plan)}; {why}")
-        if corruption is not None:
-            self._say(f"step {step}: {corruption}; the run goes back to step {restored.step}")
-            return restored
         self.careful.note_return(restored.step, restored.samples, samples)
         self._say(
             f"step {step}: {bad} bad steps in a row; the run goes back to step {restored.step}, and samples "

@@ -12,15 +12,14 @@ from pathlib import Path
 import psutil
 import torch
 
-from megagpt.errors import DataError, MegagptError, RankError
+from megagpt.errors import DataError, MegagptError, RankError, UnreliableError
 from megagpt.parallel.ranks import Ranks
 from megagpt.plan import Plan, describe
 from megagpt.plan.fitting import nearest_that_fits
-from megagpt.supervise.beats import BeatFolder
+from megagpt.supervise.beats import FOLDER, BeatFolder
 from megagpt.supervise.pulse import Pulse
 from megagpt.supervise.watchdog import EXIT_CODE, Limits, Place, Watchdog
 
-FOLDER = "watchdog"
 _OTHERS_VERDICT_SECONDS = 5.0
 _LOST_PEER = re.compile(
     "Connection closed by peer|Connection reset by peer|Broken pipe|remote process has exited|ncclRemoteError"
@@ -96,6 +95,8 @@ def _worded(error: Exception, plan: Plan, ranks: Ranks, watchdog: Watchdog | Non
     if isinstance(error, DataError):
         _failed(watchdog, f"{name}: {error}", error.exit_code)
         return RankError(f"{name}: {error}", error.exit_code)
+    if isinstance(error, UnreliableError) and watchdog is not None:
+        watchdog.failed(f"{name}: {error}", error.exit_code)
     if isinstance(error, MegagptError):  # raised by all ranks together
         return error
     if _LOST_PEER.search(text):
