@@ -341,7 +341,7 @@ class SupervisionConfig(Section):
     """A loss so many robust standard deviations (of the last 128 steps) above their median, and 10 % above it, is a
     spike; 0: only nan and inf count."""
     replica_check_interval: NonNegative = 500
-    """Every so many steps the weights that data-parallel ranks have in common are compared to the last bit; 0: never."""
+    """Every so many steps the weights that data-parallel ranks have in common are compared bit by bit; 0: never."""
     recompute_interval: NonNegative = 1000
     """Every so many steps a step is computed twice and its figures are compared; 0: never."""
 

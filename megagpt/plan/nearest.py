@@ -56,6 +56,7 @@ def nearest_layout(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) 
 
 
 def layout_of(run: RunConfig, deepspeed: DeepSpeedConfig) -> Layout:
+    """What a run asks for."""
     parallel = run.parallel
     sizes = {key: getattr(parallel, key) for key in SIZES if hasattr(parallel, key)}
     return {
