@@ -142,13 +142,14 @@ class Meter:
             if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise TrainingError(_only_overflows(self.plan, record.step, record.loss_scale))
 
-    def report_eval(self, split: str, loss: float, step: int) -> None:
+    def report_eval(self, split: str, loss: float, step: int, by_dataset: dict[str, float] | None = None) -> None:
         """Print and write the loss on held-out text.
 
         Args:
             split: `validation` or `test`.
             loss: mean loss per token.
             step: updates done.
+            by_dataset: the losses of which `loss` is the mean, by name.
 
         Raises:
             TrainingError: the loss is not finite; nothing of it may reach a checkpoint.
@@ -160,7 +161,14 @@ class Meter:
             )
         self.latest[f"{split}_loss"] = loss
         self._write(step, split, {"loss": loss, "perplexity": perplexity(loss)})
-        self.say(f"{self.at(step)}  {split} loss {loss:.4f}  perplexity {perplexity(loss):,.2f}")
+        for name, part in (by_dataset or {}).items():
+            self.latest[f"{split}/{name}_loss"] = part
+            self._write(step, f"{split}/{name}", {"loss": part, "perplexity": perplexity(part)})
+        parts = ", ".join(f"{name} {part:.4f}" for name, part in (by_dataset or {}).items())
+        self.say(
+            f"{self.at(step)}  {split} loss {loss:.4f}  perplexity {perplexity(loss):,.2f}"
+            + (f"  ({parts})" if parts else "")
+        )
 
     def pause(self, seconds: float) -> None:
         """Leave time spent on evaluation or saving out of the next tokens/s."""

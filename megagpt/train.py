@@ -25,7 +25,7 @@ from megagpt.supervise.stopping import Stopping
 if TYPE_CHECKING:
     from megagpt.checkpoint import Checkpoints, TrainState
     from megagpt.data.loader import MicroBatch
-    from megagpt.data.samples import SampleStream
+    from megagpt.data.run_data import RunData
     from megagpt.engine import Engine
     from megagpt.metrics import Meter
     from megagpt.parallel.ranks import Ranks
@@ -88,10 +88,10 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         )
         return 0
     from megagpt.data.fingerprint import fingerprints
-    from megagpt.data.loader import open_dataset
+    from megagpt.data.run_data import open_data
 
     model, training = plan.model, plan.run.training
-    streams = open_dataset(plan.run.data, model.vocab_size, plan.seq_length, training.seed)
+    data = open_data(plan.run.data, model.vocab_size, plan.seq_length, training.seed)
     hashes = fingerprints(plan.run.data) if launch.rank == 0 else {}
     with console.muted():
         from megagpt.parallel.ranks import start_ranks, stop_ranks
@@ -108,10 +108,10 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         console.say(headline(plan, launch))
         for note in plan.notes:
             console.say(f"note: {note}")
-        for remark in remarks(plan, streams):
+        for remark in remarks(plan, data):
             console.warn(remark)
         checkpoints = Checkpoints(plan, engine, ranks, console, ranks.broadcast_object(hashes))
-        train(plan, ranks, engine, checkpoints, streams, console, stop)
+        train(plan, ranks, engine, checkpoints, data, console, stop)
     stop_ranks()
     return 0
 
@@ -155,12 +155,12 @@ def headline(plan: Plan, launch: Launch) -> str:
     )
 
 
-def remarks(plan: Plan, streams: "dict[str, SampleStream | None]") -> list[str]:
+def remarks(plan: Plan, data: "RunData") -> list[str]:
     """What the run will not do although one might expect it, one sentence each."""
     found = []
     if plan.run.checkpoint.directory is None:
         found.append("checkpoint.directory is not set: nothing will be saved")
-    if plan.run.training.eval_interval and streams["validation"] is None:
+    if plan.run.training.eval_interval and not data.validation:
         found.append(
             f"training.eval_interval={plan.run.training.eval_interval} but the validation split of data.split="
             f"{list(plan.run.data.split)} is shorter than one sample: there will be no validation"
@@ -173,7 +173,7 @@ def train(
     ranks: "Ranks",
     engine: "Engine",
     checkpoints: "Checkpoints",
-    streams: "dict[str, SampleStream | None]",
+    data: "RunData",
     console: Console,
     stop: StopSignal,
 ) -> "TrainState":
@@ -196,18 +196,16 @@ def train(
     pulse.enter(Phase.RESTORE)
     restored = checkpoints.restore_latest()
     state = restored or TrainState()
-    batches = _batches_from(state.samples, plan, ranks, streams)
+    batches = _batches_from(state.samples, plan, ranks, data)
     votes = Consensus(ranks, width=2)
     stopping = Stopping(stop, _deadline(plan, ranks), votes)
     with contextlib.closing(Meter(plan, console, first_step=state.step)) as meter:
         careful = CarefulSteps(plan, engine, ranks, meter.say)
         returning = Returning(plan, checkpoints, careful, meter.say)
-        evaluate_split = _evaluator(plan, ranks, engine, streams, meter)
+        evaluate_split = _evaluator(plan, ranks, engine, data, meter)
         if restored is None and run.training.eval_interval:
             evaluate_split("validation", state.step)
         reason = stopping.before_the_first_step()
-        if reason is not None:
-            meter.say(f"{meter.at(state.step)}  {reason} before the first step; the same command goes on from here")
         while state.step < total_steps and reason is None:
             pulse.begin_step(state.step)
             rate = learning_rate(state.step, plan)
@@ -226,7 +224,7 @@ def train(
             if careful.bad_in_a_row and (is_last or careful.bad_in_a_row == run.supervision.max_bad_steps):
                 state = returning.go_back(state.step, state.samples)
                 meter.go_back(state.step)
-                batches = _batches_from(state.samples, plan, ranks, streams)
+                batches = _batches_from(state.samples, plan, ranks, data)
                 continue
             if evaluates:
                 evaluate_split("validation", state.step)
@@ -235,23 +233,20 @@ def train(
             if saves and not careful.bad_in_a_row:  # else the weights are in doubt until a step is good again
                 pulse.enter(Phase.SAVE)
                 stopping.note_save(_save(checkpoints, state, meter))
-            if reason is not None:
-                meter.say(f"{meter.at(state.step)}  {reason}; {_way_on(plan)}")
+        if reason is not None:
+            meter.say(f"{meter.at(state.step)}  {reason}; {_way_on(plan)}")
     votes.close()
     return state
 
 
-def _batches_from(
-    first_sample: int, plan: Plan, ranks: "Ranks", streams: "dict[str, SampleStream | None]"
-) -> "Rewindable[MicroBatch]":
+def _batches_from(first_sample: int, plan: Plan, ranks: "Ranks", data: "RunData") -> "Rewindable[MicroBatch]":
     """This data-parallel rank's micro-batches from a sample of the run on."""
     from megagpt.data.loader import train_batches
     from megagpt.supervise.careful import Rewindable
 
-    assert streams["train"] is not None
     return Rewindable(
         train_batches(
-            streams["train"],
+            data.train,
             first_sample=first_sample,
             global_batch_size=plan.global_batch_size,
             microbatch_size=plan.microbatch_size,
@@ -280,18 +275,20 @@ def due(step: int, interval: int) -> bool:
 
 
 def _evaluator(
-    plan: Plan, ranks: "Ranks", engine: "Engine", streams: "dict[str, SampleStream | None]", meter: "Meter"
+    plan: Plan, ranks: "Ranks", engine: "Engine", data: "RunData", meter: "Meter"
 ) -> Callable[[str, int], None]:
     from megagpt.evaluate import evaluate
 
     def evaluate_split(split: str, step: int) -> None:
-        stream = streams[split]
-        if stream is None:
+        held_out = data.validation if split == "validation" else data.test
+        if not held_out:
             return
         started = time.monotonic()
         engine.pulse.enter(Phase.EVALUATE)
-        loss = evaluate(engine, stream, plan, ranks, plan.run.training.eval_batches)
-        meter.report_eval(split, loss, step)
+        losses = [evaluate(engine, part.stream, plan, ranks, plan.run.training.eval_batches) for part in held_out]
+        mean = sum(part.share * loss for part, loss in zip(held_out, losses, strict=True))
+        by_name = {part.name: loss for part, loss in zip(held_out, losses, strict=True) if part.name}
+        meter.report_eval(split, mean, step, by_name)
         meter.pause(time.monotonic() - started)
 
     return evaluate_split

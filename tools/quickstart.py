@@ -130,18 +130,17 @@ def changes(config: Path, folder: Path, tensor: int, pipeline: int) -> list[str]
 def baselines(prefix: Path, config_path: Path, overrides: list[str], global_batch_size: int) -> dict[str, float]:
     """Unigram and bigram perplexity of the very tokens that the model is evaluated on."""
     from megagpt.data.indexed import IndexedDataset
-    from megagpt.data.loader import num_eval_batches, open_dataset
+    from megagpt.data.loader import num_eval_batches
     from megagpt.data.ngram import bigram_perplexity, unigram_perplexity
+    from megagpt.data.run_data import open_data
     from megagpt.data.samples import split_ranges
 
     run = load_run_config(config_path, overrides)
     dataset = IndexedDataset(str(prefix))
     ranges = split_ranges(dataset.document_offsets, run.data.split)
     length = run.training.seq_length
-    streams = open_dataset(run.data, run.model.vocab_size, length, run.training.seed)
-    validation = streams["validation"]
-    assert validation is not None, "the quickstart's corpus is long enough"
-    samples = num_eval_batches(validation, run.training.eval_batches, global_batch_size) * global_batch_size
+    (validation,) = open_data(run.data, run.model.vocab_size, length, run.training.seed).validation
+    samples = num_eval_batches(validation.stream, run.training.eval_batches, global_batch_size) * global_batch_size
     train = dataset.tokens(*ranges["train"])
     start = ranges["validation"][0]
     test = dataset.tokens(start, start + samples * length + 1)

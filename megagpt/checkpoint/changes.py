@@ -36,6 +36,10 @@ def changes(reader: CheckpointReader, plan: Plan, fingerprints: Mapping[str, str
                 f"(there {getattr(there.data, name)} with {saved[kind][:_SHOWN_DIGITS]}...)"
             )
     _compare(found["dataset"], "data.split", list(here.data.split), list(there.data.split))
+    tokens_seen = reader.manifest.samples * there.training.seq_length
+    ours, theirs = here.data.mixture_until(tokens_seen), there.data.mixture_until(tokens_seen)
+    for key in ours:
+        _compare(found["dataset"], f"data.{key}", ours[key], theirs[key])
     _compare(found["dataset"], "training.seq_length", here.training.seq_length, there.training.seq_length)
     _compare(found["seed"], "training.seed", here.training.seed, there.training.seed)
     return {kind: phrases for kind, phrases in found.items() if phrases}

@@ -7,11 +7,11 @@ from megagpt.data.files import sha256_of_file
 from megagpt.data.indexed import bin_path, idx_path
 from megagpt.data.manifest import read_manifest
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.plan.config import DataConfig
+from megagpt.plan.data_config import DataConfig
 
 
 def fingerprints(config: DataConfig) -> dict[str, str]:
-    """Hashes of the `dataset` and of its `tokenizer`, as far as there is something to tell them from.
+    """Hashes of the `dataset` (of all that are mixed) and its `tokenizer`, as far as they can be told.
 
     The dataset's is taken from its manifest; without one (Megatron's own files) from the index and the size of the
     token file.
@@ -20,17 +20,18 @@ def fingerprints(config: DataConfig) -> dict[str, str]:
         DataError: a file is missing or damaged.
         OSError: the index cannot be read.
     """
-    found = {}
-    manifest = None
-    if config.prefix is not None:
-        manifest = read_manifest(config.prefix)
+    found, parts, manifests = {}, [], []
+    for entry in config.mixed:
+        manifest = read_manifest(entry.prefix)
         if manifest is not None:
-            parts = manifest.bin_sha256, manifest.idx_sha256
+            parts += [manifest.bin_sha256, manifest.idx_sha256]
+            manifests.append(manifest)
         else:
-            parts = str(Path(bin_path(config.prefix)).stat().st_size), sha256_of_file(idx_path(config.prefix))
+            parts += [str(Path(bin_path(entry.prefix)).stat().st_size), sha256_of_file(idx_path(entry.prefix))]
+    if parts:
         found["dataset"] = hashlib.sha256("/".join(parts).encode()).hexdigest()
-    if manifest is not None:
-        found["tokenizer"] = manifest.tokenizer_sha256
+    if manifests:
+        found["tokenizer"] = manifests[0].tokenizer_sha256
     elif config.tokenizer is not None:
         found["tokenizer"] = Tokenizer.load(config.tokenizer).sha256
     return found

@@ -4,41 +4,14 @@ Batch sizes, precision, ZeRO, offload and gradient clipping have their home in t
 here. Rules that span sections or files live in `rules.py`; here each value is checked by itself.
 """
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, Strict, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+from megagpt.plan.data_config import DataConfig
+from megagpt.plan.section import NonNegative, Positive, Probability, Section, is_count, without_nulls
+
 PipelinePartition = Literal["uniform", "parameters"] | Annotated[tuple[NonNegative, ...], Strict(False)]
-
-
-def is_count(value: Any) -> bool:
-    """Whether a raw value is a positive integer (YAML's true and false are integers to Python, but not counts)."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def without_nulls(values: dict[str, Any]) -> dict[str, Any]:
-    """Copy a raw section without its `null` values: writing null asks for the default."""
-    return {key: value for key, value in values.items() if value is not None}
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values never change after reading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-def inner_section(field: FieldInfo) -> type[Section] | None:
-    """The section that a key holds, be it optional or not; None for keys with plain values."""
-    for kind in (field.annotation, *get_args(field.annotation)):
-        if isinstance(kind, type) and issubclass(kind, Section):
-            return kind
-    return None
 
 
 class RotaryScaling(Section):
@@ -233,18 +206,6 @@ class ParallelConfig(Section):
     def ranks_per_replica(self) -> int:
         """Ranks that share the samples of one data-parallel rank: TP x CP x PP."""
         return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
-
-
-class DataConfig(Section):
-    """Where the tokens come from."""
-
-    prefix: str | None = None
-    """Dataset as written by tools/preprocess_data.py: the path without .bin/.idx."""
-    tokenizer: str | None = None
-    """Tokenizer (sentencepiece .model, tokenizer.json or its folder, .tiktoken); checked against the dataset, carried
-    into exports."""
-    split: Annotated[tuple[float, float, float], Strict(False)] = (90.0, 5.0, 5.0)
-    """Shares of the documents for train, validation and test."""
 
 
 class OptimizerConfig(Section):

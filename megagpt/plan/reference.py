@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from megagpt.plan.config import RunConfig, Section, inner_section
+from megagpt.plan.config import RunConfig
+from megagpt.plan.section import Section, inner_section
 
 
 def config_reference(width: int = 100) -> str:

@@ -5,6 +5,7 @@ import math
 from megagpt.errors import ConfigError
 from megagpt.plan.batch import resolve_batch
 from megagpt.plan.config import ModelConfig, RunConfig
+from megagpt.plan.data_rules import check_data
 from megagpt.plan.deepspeed_config import DeepSpeedConfig
 from megagpt.plan.expert_rules import check_experts
 from megagpt.plan.layout import divisors
@@ -29,7 +30,8 @@ def check_all(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> li
         *check_sequence(run),
         *check_recompute(run),
         *check_schedule(run),
-        *check_data_and_outputs(run),
+        *check_data(run),
+        *check_outputs(run),
         *check_deepspeed(run, deepspeed),
         *check_zero(run, deepspeed, world_size),
         *check_batch(run, deepspeed, world_size),
@@ -296,15 +298,9 @@ def check_schedule(run: RunConfig) -> list[str]:
     return problems
 
 
-def check_data_and_outputs(run: RunConfig) -> list[str]:
-    """Shares of the data, and where checkpoints go."""
+def check_outputs(run: RunConfig) -> list[str]:
+    """Where checkpoints go."""
     problems = []
-    split = run.data.split
-    if min(split) < 0 or split[0] <= 0:
-        problems.append(
-            f"data.split={list(split)} must hold shares of at least 0, and the first (training) must be above 0; "
-            "for example [90, 5, 5]"
-        )
     if run.checkpoint.directory is None and run.checkpoint.save_interval > 0:
         problems.append(
             f"checkpoint.save_interval={run.checkpoint.save_interval} needs a place to save to; set "

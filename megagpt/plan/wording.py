@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from megagpt.plan.config import RunConfig, inner_section, is_count
+from megagpt.plan.config import RunConfig
+from megagpt.plan.section import inner_section, is_count
 
 # Keys that users of other trainers look for in the run config, and where they live here.
 DEEPSPEED_KEYS = (
@@ -114,7 +115,9 @@ def _hint_for_unknown_key(location: tuple[int | str, ...]) -> str:
         return "batch sizes, precision, ZeRO and clipping belong in the DeepSpeed JSON (--deepspeed_config)"
     known, fields = list(sections), RunConfig.model_fields
     for part in location[:-1]:
-        field = fields.get(str(part))
+        if isinstance(part, int):  # an entry of a list of sections
+            continue
+        field = fields.get(part)
         section = inner_section(field) if field is not None else None
         if section is None:
             break
@@ -137,6 +140,8 @@ def _rule(finding: ErrorDetails) -> str:
         return "an integer"
     if kind in ("float_type", "float_parsing", "finite_number"):
         return "a number (finite, without quotes)"
+    if kind == "tuple_type":
+        return "a list"
     if kind == "bool_type":
         return "true or false (without quotes)"
     if kind == "string_type":

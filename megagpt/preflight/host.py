@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from megagpt import __version__
-from megagpt.data.loader import open_dataset
+from megagpt.data.run_data import open_data
 from megagpt.errors import MegagptError
 from megagpt.plan import Plan
 from megagpt.preflight.findings import Finding, failed, ok, warning
@@ -144,16 +144,14 @@ def check_disk(plan: Plan) -> Finding:
 
 def check_data(plan: Plan) -> Finding:
     """Dataset and tokenizer as the run would open them."""
-    data = plan.run.data
-    if data.prefix is None:
+    if not plan.run.data.mixed:
         return warning("data", "data.prefix is not set", "set it to look at the dataset too")
     try:
-        streams = open_dataset(data, plan.model.vocab_size, plan.seq_length, plan.run.training.seed)
-        assert streams["train"] is not None, "open_dataset makes sure"
-        streams["train"].sample(0)
+        data = open_data(plan.run.data, plan.model.vocab_size, plan.seq_length, plan.run.training.seed)
+        data.train.sample(0)
     except (MegagptError, OSError) as error:
         return failed("data", str(error).splitlines()[0], "every host must see the same files at the same path")
-    return ok("data", f"{data.prefix}: {len(streams['train']):,} training samples")
+    return ok("data", f"dataset and tokenizer can be read, and fit a model of {plan.model.vocab_size:,} tokens")
 
 
 def nearest_folder(directory: str) -> Path:

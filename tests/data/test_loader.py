@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from megagpt.data.indexed import IndexedWriter
-from megagpt.data.loader import eval_batches, num_eval_batches, open_dataset, train_batches
+from megagpt.data.loader import eval_batches, num_eval_batches, train_batches
 from megagpt.data.manifest import manifest_path
 from megagpt.data.preprocess import preprocess
+from megagpt.data.run_data import open_data
 from megagpt.data.samples import SampleStream
 from megagpt.data.tokenizer import train_sentencepiece
 from megagpt.errors import ConfigError, DataError
-from megagpt.plan.config import DataConfig
+from megagpt.plan.data_config import DataConfig
 
 SEQ_LENGTH = 4
 
@@ -147,46 +148,47 @@ def config(prefix, tokenizer=None, split=(90.0, 5.0, 5.0)):
     return DataConfig(prefix=str(prefix), tokenizer=tokenizer and str(tokenizer.path), split=split)
 
 
-def test_open_dataset(corpus):
+def test_open_data(corpus):
     prefix, tokenizer = corpus
-    streams = open_dataset(config(*corpus), 320, 16, seed=1)
-    assert list(streams) == ["train", "validation", "test"]
-    assert all(stream is not None for stream in streams.values())
-    assert len(streams["train"]) > 10 * len(streams["test"]) > 0
-    assert tokenizer.decode(streams["validation"].sample(0)).startswith("Document 180 ")
-    assert tokenizer.decode(streams["test"].sample(0)).startswith("Document 190 ")
-    assert [streams["train"].sample(i)[0] for i in range(9)] != [
-        open_dataset(config(prefix), 320, 16, seed=2)["train"].sample(i)[0] for i in range(9)
+    streams = open_data(config(*corpus), 320, 16, seed=1)
+    (validation,), (test,) = streams.validation, streams.test
+    assert streams.mixture is None
+    assert len(streams.train) > 10 * len(test.stream) > 0
+    assert tokenizer.decode(validation.stream.sample(0)).startswith("Document 180 ")
+    assert tokenizer.decode(test.stream.sample(0)).startswith("Document 190 ")
+    assert (validation.name, validation.share) == ("", 1.0)
+    assert [streams.train.sample(i)[0] for i in range(9)] != [
+        open_data(config(prefix), 320, 16, seed=2).train.sample(i)[0] for i in range(9)
     ]
 
 
 def test_short_splits_are_none(corpus):
-    streams = open_dataset(config(*corpus, split=(99.0, 1.0, 0.0)), 320, 1000, seed=1)
-    assert (streams["validation"], streams["test"]) == (None, None)
+    streams = open_data(config(*corpus, split=(99.0, 1.0, 0.0)), 320, 1000, seed=1)
+    assert (streams.validation, streams.test) == ((), ())
 
 
 def test_prefix_is_needed():
     with pytest.raises(ConfigError, match=r"data\.prefix is not set"):
-        open_dataset(DataConfig(), 320, 16, seed=1)
+        open_data(DataConfig(), 320, 16, seed=1)
 
 
 def test_model_with_another_vocabulary(corpus):
     _, tokenizer = corpus
     with pytest.raises(DataError, match=rf"vocab_size=5000 but tokenizer {tokenizer.path} has 320 tokens; set .*=320"):
-        open_dataset(config(*corpus), 5000, 16, seed=1)
+        open_data(config(*corpus), 5000, 16, seed=1)
 
 
 def test_model_with_a_smaller_vocabulary_than_the_dataset(corpus):
     prefix, _ = corpus
     with pytest.raises(DataError, match=r"model\.vocab_size=300 but dataset .* set model\.vocab_size=320"):
-        open_dataset(config(prefix), 300, 16, seed=1)
+        open_data(config(prefix), 300, 16, seed=1)
 
 
 def test_another_tokenizer_than_the_datasets(corpus, tmp_path):
     prefix, tokenizer = corpus
     other = train_sentencepiece(["some other text about 320 things " * 9, "Document"] * 9, tmp_path / "other", 290)
     with pytest.raises(DataError, match=r"data\.tokenizer=.*other\.model .* is not the tokenizer of data\.prefix") as e:
-        open_dataset(config(prefix, other), 320, 16, seed=1)
+        open_data(config(prefix, other), 320, 16, seed=1)
     assert tokenizer.sha256[:12] in str(e.value)
     assert other.sha256[:12] in str(e.value)
 
@@ -194,7 +196,7 @@ def test_another_tokenizer_than_the_datasets(corpus, tmp_path):
 def test_missing_tokenizer(corpus, tmp_path):
     prefix, _ = corpus
     with pytest.raises(DataError, match=r"none\.model does not exist"):
-        open_dataset(DataConfig(prefix=str(prefix), tokenizer=str(tmp_path / "none.model")), 320, 16, seed=1)
+        open_data(DataConfig(prefix=str(prefix), tokenizer=str(tmp_path / "none.model")), 320, 16, seed=1)
 
 
 def test_manifest_of_another_dataset(corpus, tmp_path):
@@ -203,12 +205,12 @@ def test_manifest_of_another_dataset(corpus, tmp_path):
         writer.add(range(100))
     manifest_path(tmp_path / "d").write_bytes(manifest_path(prefix).read_bytes())
     with pytest.raises(DataError, match=r"describes 200 documents .* hold 1 with 100"):
-        open_dataset(config(tmp_path / "d"), 320, 16, seed=1)
+        open_data(config(tmp_path / "d"), 320, 16, seed=1)
 
 
 def test_without_manifest_each_sample_is_checked(tmp_path):
     with IndexedWriter(tmp_path / "d", 320) as writer:
         writer.add(range(100))
-    stream = open_dataset(config(tmp_path / "d", split=(1.0, 0.0, 0.0)), 50, 99, seed=1)["train"]
+    stream = open_data(config(tmp_path / "d", split=(1.0, 0.0, 0.0)), 50, 99, seed=1).train
     with pytest.raises(DataError, match=r"token number 50 is 50, outside model\.vocab_size=50"):
         stream.sample(0)

@@ -66,7 +66,7 @@ def plant(fault: str, host, network) -> None:
         def missing(*args):
             raise DataError("data.idx: missing")
 
-        module.open_dataset = missing
+        module.open_data = missing
 
 
 def test_healthy_hosts_pass(dataset, tmp_path) -> None:

@@ -1,0 +1,179 @@
+"""From a data config to the streams of samples of a run, without torch."""
+
+import os
+from dataclasses import dataclass
+
+from megagpt.data.indexed import IndexedDataset, bin_path
+from megagpt.data.manifest import Manifest, manifest_path, read_manifest
+from megagpt.data.mixture import MixedStream, Mixture, Samples, make_mixture
+from megagpt.data.samples import SampleStream, split_ranges
+from megagpt.data.tokenizer import Tokenizer
+from megagpt.errors import ConfigError, DataError
+from megagpt.plan.data_config import DataConfig
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text that is not trained on."""
+
+    name: str
+    """Of the dataset; empty if there is just one."""
+    stream: SampleStream
+    """Its samples, in file order."""
+    share: float
+    """Weight of its loss in the mean over datasets; those of one split add up to 1."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads."""
+
+    train: Samples
+    """Endless and shuffled."""
+    validation: tuple[HeldOut, ...]
+    """Empty if there is no text for it."""
+    test: tuple[HeldOut, ...]
+    """Empty if there is no text for it."""
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """Which dataset gives which training sample; None if there is just one."""
+        return self.train.mixture if isinstance(self.train, MixedStream) else None
+
+
+def open_data(config: DataConfig, vocab_size: int, seq_length: int, seed: int) -> RunData:
+    """Open the datasets of a run and check that datasets, tokenizer and model belong together.
+
+    Args:
+        config: the run's `data` section; `prefix` or `datasets` are needed.
+        vocab_size: model.vocab_size.
+        seq_length: tokens per sample that are predicted.
+        seed: gives the order of the training samples.
+
+    Raises:
+        ConfigError: there is no dataset, or data.split is no split.
+        DataError: a file is missing or damaged, files contradict each other or the model, a document is in two splits,
+            or the text is too short.
+    """
+    if not config.mixed:
+        raise ConfigError(
+            "data.prefix is not set; give the path that tools/preprocess_data.py wrote, without .bin/.idx"
+        )
+    opened = _Opened(config, vocab_size, seq_length, seed)
+    if config.has_held_out_files:
+        streams = [opened.stream(entry.prefix, "train", (1.0, 0.0, 0.0)) for entry in config.mixed]
+        held_out = {
+            split: [(entry.label, opened.stream(entry.prefix, "train", (1.0, 0.0, 0.0), False)) for entry in entries]
+            for split, entries in (("validation", config.validation), ("test", config.test))
+        }
+        opened.require_separate_splits()
+    else:
+        streams = [opened.stream(entry.prefix, "train", config.split) for entry in config.mixed]
+        held_out = {
+            split: [(entry.label, opened.stream(entry.prefix, split, config.split)) for entry in config.mixed]
+            for split in ("validation", "test")
+        }
+    trained = [stream for stream in streams if stream is not None]
+    assert len(trained) == len(streams), "training text that is too short raises an error"
+    train: Samples = trained[0]
+    shares = {}
+    if config.datasets:
+        mixture = make_mixture(config, [len(stream) for stream in trained], seq_length)
+        train = MixedStream(mixture, trained)
+        shares = {name: float(share) for name, share in zip(mixture.names, mixture.steps[-1].shares, strict=True)}
+    return RunData(train, _held_out(held_out["validation"], shares), _held_out(held_out["test"], shares))
+
+
+def _held_out(streams: list[tuple[str, SampleStream | None]], shares: dict[str, float]) -> tuple[HeldOut, ...]:
+    """Those that are long enough, weighed as in training if all of them are trained on, else equally."""
+    found = [(name, stream) for name, stream in streams if stream is not None]
+    weights = [shares.get(name, 0.0) for name, _ in found]
+    if not set(shares) >= {name for name, _ in found} or sum(weights) == 0:
+        weights = [1.0] * len(found)
+    if len(streams) == 1:
+        found = [("", stream) for _, stream in found]
+    return tuple(
+        HeldOut(name, stream, weight / sum(weights)) for (name, stream), weight in zip(found, weights, strict=True)
+    )
+
+
+class _Opened:
+    """The datasets of a run, each opened and checked once."""
+
+    def __init__(self, config: DataConfig, vocab_size: int, seq_length: int, seed: int):
+        self._config, self._vocab_size, self._seq_length, self._seed = config, vocab_size, seq_length, seed
+        self._tokenizer = None if config.tokenizer is None else Tokenizer.load(config.tokenizer)
+        self._datasets: dict[str, tuple[IndexedDataset, Manifest | None]] = {}
+
+    def stream(
+        self, prefix: str, split: str, shares: tuple[float, float, float], shuffle: bool = True
+    ) -> SampleStream | None:
+        """One split of a dataset: shuffled for training, else in file order; None if it is too short for a sample and
+        not for training."""
+        dataset, _ = self._open(prefix)
+        start, stop = split_ranges(dataset.document_offsets, shares)[split]
+        trains = split == "train" and shuffle
+        if not trains and stop - start <= self._seq_length:
+            return None
+        return SampleStream(
+            dataset, (start, stop), self._seq_length, self._seed, shuffle=trains, vocab_size=self._vocab_size
+        )
+
+    def require_separate_splits(self) -> None:
+        """See that no dataset that is held out is a copy of one that is trained on, or of one held out otherwise.
+
+        Raises:
+            DataError: one is.
+        """
+        config = self._config
+        splits = {"datasets": config.mixed, "validation": config.validation, "test": config.test}
+        seen: dict[str, tuple[str, str]] = {}
+        for split, entries in splits.items():
+            for entry in entries:
+                _, manifest = self._open(entry.prefix)
+                for key in (os.path.realpath(bin_path(entry.prefix)), *([manifest.bin_sha256] if manifest else [])):
+                    other_split, other = seen.setdefault(key, (split, entry.prefix))
+                    if other_split != split:
+                        raise DataError(
+                            f"data.{split}: {entry.prefix} holds the same tokens as {other} of data.{other_split}, but "
+                            "no document may be in two splits; give another dataset, or use data.split"
+                        )
+
+    def _open(self, prefix: str) -> tuple[IndexedDataset, Manifest | None]:
+        if prefix not in self._datasets:
+            dataset, manifest = IndexedDataset(prefix), read_manifest(prefix)
+            if manifest is not None:
+                _check_manifest(prefix, manifest, dataset, self._vocab_size)
+            if self._tokenizer is not None:
+                _check_tokenizer(prefix, manifest, self._tokenizer, self._vocab_size)
+            self._datasets[prefix] = dataset, manifest
+        return self._datasets[prefix]
+
+
+def _check_manifest(prefix: str, manifest: Manifest, dataset: IndexedDataset, vocab_size: int) -> None:
+    described = manifest.num_documents, manifest.num_tokens
+    found = dataset.num_documents, dataset.num_tokens
+    if described != found:
+        raise DataError(
+            f"{manifest_path(prefix)} describes {described[0]} documents with {described[1]} tokens, but .bin/.idx hold"
+            f" {found[0]} with {found[1]}; rebuild with tools/preprocess_data.py"
+        )
+    if manifest.vocab_size > vocab_size:
+        raise DataError(
+            f"model.vocab_size={vocab_size} but dataset {prefix} was made with {manifest.vocab_size} tokens"
+            f" ({manifest.tokenizer_file}); set model.vocab_size={manifest.vocab_size}"
+        )
+
+
+def _check_tokenizer(prefix: str, manifest: Manifest | None, tokenizer: Tokenizer, vocab_size: int) -> None:
+    if manifest is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
+        raise DataError(
+            f"data.tokenizer={tokenizer.path} ({tokenizer.vocab_size} tokens, sha256 {tokenizer.sha256[:12]}...) is not"
+            f" the tokenizer of data.prefix={prefix} ({manifest.tokenizer_file}, {manifest.vocab_size} tokens,"
+            f" sha256 {manifest.tokenizer_sha256[:12]}...); give that one or rebuild the dataset"
+        )
+    if tokenizer.vocab_size != vocab_size:
+        raise DataError(
+            f"model.vocab_size={vocab_size} but tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens;"
+            f" set model.vocab_size={tokenizer.vocab_size}"
+        )

@@ -1,0 +1,120 @@
+"""Rules of the `data` section: each returns one sentence per broken rule, with the fix."""
+
+from collections import Counter
+from itertools import pairwise
+
+from megagpt.plan.config import RunConfig
+from megagpt.plan.data_config import DataConfig
+
+SMALLEST_SHARE = 1e-6
+"""Finding the place in a mixture costs 1 / (smallest share) steps of about a microsecond at each start."""
+
+
+def check_data(run: RunConfig) -> list[str]:
+    """Which datasets there are, how they are mixed and what is held out."""
+    data = run.data
+    return [*_check_split(data), *_check_names(data), *_check_amounts(data), *_check_stages(run)]
+
+
+def _check_split(data: DataConfig) -> list[str]:
+    split = data.split
+    if data.has_held_out_files and split[1:] != (0, 0) and split != DataConfig().split:
+        given = " and ".join(f"data.{key}" for key in ("validation", "test") if getattr(data, key))
+        return [
+            f"data.split={list(split)} splits documents off, but {given} names datasets for that; remove split, or "
+            f"{given}"
+        ]
+    if min(split) < 0 or split[0] <= 0:
+        return [
+            f"data.split={list(split)} must hold shares of at least 0, and the first (training) must be above 0; "
+            "for example [90, 5, 5]"
+        ]
+    return []
+
+
+def _check_names(data: DataConfig) -> list[str]:
+    problems = []
+    if data.prefix is not None and data.datasets:
+        problems.append(
+            f"data.prefix={data.prefix} and data.datasets are both set; move the prefix into datasets, or remove one"
+        )
+    for key in ("datasets", "validation", "test"):
+        entries = getattr(data, key)
+        for label, times in Counter(entry.label for entry in entries).items():
+            if times > 1 or not label or "/" in label:
+                rule = "is the name of several datasets" if times > 1 else "must be a text without /"
+                problems.append(f"data.{key}: name {label!r} {rule}; give each a `name` of its own")
+        for prefix, times in Counter(entry.prefix for entry in entries).items():
+            if times > 1:
+                problems.append(f"data.{key}: prefix={prefix} appears {times} times; list it once, with another weight")
+    trained = {entry.prefix for entry in data.mixed}
+    for key in ("validation", "test"):
+        for entry in getattr(data, key):
+            if entry.prefix in trained or (key == "test" and entry.prefix in {x.prefix for x in data.validation}):
+                problems.append(
+                    f"data.{key}: prefix={entry.prefix} is used twice, but no document may be in two splits; give "
+                    "another dataset, or use data.split"
+                )
+    return problems
+
+
+def _check_amounts(data: DataConfig) -> list[str]:
+    problems = []
+    kinds = {}
+    for entry in data.datasets:
+        given = [key for key in ("weight", "epochs", "tokens") if getattr(entry, key) is not None]
+        if len(given) > 1:
+            problems.append(f"data.datasets: {entry.label} has {' and '.join(given)}; give one of them")
+        kinds[entry.label] = "nothing" if not given else "weight" if given[0] == "weight" else "epochs or tokens"
+    if len(set(kinds.values())) > 1:
+        told = ", ".join(f"{label} has {kind}" for label, kind in kinds.items())
+        problems.append(
+            f"data.datasets: {told}; give all a weight, or all epochs or tokens, or none of them anything (then sizes "
+            "decide)"
+        )
+    elif kinds and "nothing" not in kinds.values() and data.temperature != 1:
+        problems.append(
+            f"data.temperature={data.temperature:g} is for shares that follow sizes, but data.datasets say "
+            f"{next(iter(kinds.values()))}; remove one of the two"
+        )
+    weights = {entry.label: entry.weight for entry in data.datasets if entry.weight is not None}
+    if weights and len(weights) == len(data.datasets):
+        problems += _check_weights("data.datasets", weights)
+    if not data.datasets and data.temperature != 1:
+        problems.append(
+            f"data.temperature={data.temperature:g} mixes several datasets, but data.datasets is empty; remove it"
+        )
+    return problems
+
+
+def _check_stages(run: RunConfig) -> list[str]:
+    data, problems = run.data, []
+    if data.stages and not data.datasets:
+        return ["data.stages changes a mixture, but data.datasets is empty; list the datasets there"]
+    labels = [entry.label for entry in data.datasets]
+    for stage in data.stages:
+        where = f"data.stages from_tokens={stage.from_tokens}"
+        unknown = [label for label in stage.weights if label not in labels]
+        if unknown:
+            problems.append(f"{where}: {', '.join(unknown)} is in no data.datasets; they are {', '.join(labels)}")
+        problems += _check_weights(where, stage.weights)
+    starts = [stage.from_tokens for stage in data.stages]
+    for before, behind in pairwise(starts):
+        if behind - before < run.training.seq_length:
+            problems.append(
+                f"data.stages: from_tokens={behind} follows {before}; list stages in order, at least one sample of "
+                f"training.seq_length={run.training.seq_length} tokens apart"
+            )
+    return problems
+
+
+def _check_weights(where: str, weights: dict[str, float]) -> list[str]:
+    total = sum(weights.values())
+    if total <= 0:
+        return [f"{where}: all weights are 0; give at least one dataset a weight above 0"]
+    return [
+        f"{where}: {label} has weight={weight:g}, a share of {weight / total:.1e}, less than {SMALLEST_SHARE:g}; raise "
+        "it, or use 0"
+        for label, weight in weights.items()
+        if 0 < weight < SMALLEST_SHARE * total
+    ]
