@@ -54,7 +54,7 @@ def examine(plan: Plan, launch: Launch) -> list[Finding]:
         collectives = _check_collectives(meeting, hosts)
     local = {name: [Finding.model_validate(f) for f in by_host[rank]] for name, rank in leaders.items()}
     alike = _check_alike({name: libraries[rank] for name, rank in leaders.items()})
-    meeting.gather("done", True)
+    meeting.part()
     return [*merged(local), *alike, *shared, *network, *collectives]
 
 

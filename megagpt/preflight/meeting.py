@@ -67,3 +67,10 @@ class Meeting:
         """The values of all ranks, in rank order."""
         self.tell(what, value)
         return [self.hear(what, rank) for rank in range(self.launch.world_size)]
+
+    def part(self) -> None:
+        """Leave; rank 0, whose host has the table, is the last."""
+        self.tell("left", True)
+        if self.launch.rank == 0:
+            for rank in range(self.launch.world_size):
+                self.hear("left", rank)
