@@ -94,12 +94,13 @@ def job_of(cluster, run: Run, launcher: str) -> tuple[str, ...]:
         "deepspeed pdsh": f"{deepspeed} --launcher pdsh --no_local_rank --module {train}",
         "deepspeed openmpi": f"{deepspeed} --launcher openmpi --no_ssh_check "
         f'--launcher_args="--bind-to none --oversubscribe {passed}" --module {train}',
-        "mpirun": f"mpirun -n 4 --hostfile {hostfile} --map-by node:OVERSUBSCRIBE --bind-to none "
+        "mpirun": f"mpirun -n 4 --hostfile {hostfile} --oversubscribe --bind-to none "
         f"--mca btl_tcp_if_include eth0 {passed} {sys.executable} -m {train}",
     }[launcher]
-    if launcher == "mpirun":
-        command = command.replace("--map-by node:OVERSUBSCRIBE", "--oversubscribe")
-    return (output, *OPTIONS, "--ntasks-per-node=1", "--cpus-per-task=2", f"--wrap={command}")
+    passed_on = run.folder / "deepspeed_env"  # ssh passes no variables
+    passed_on.write_text("OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\n")
+    variables = f"--export=ALL,DS_ENV_FILE={passed_on}"
+    return (output, *OPTIONS, "--ntasks-per-node=1", "--cpus-per-task=2", variables, f"--wrap={command}")
 
 
 LAUNCHERS = (
