@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megagpt.errors import LaunchError
+from megagpt.parallel.interface import choose_interface
 from megagpt.parallel.launch import Launch
 from megagpt.parallel.ranks import gpu_index
 from megagpt.plan import Plan
@@ -142,6 +143,7 @@ def _check_collectives(meeting: Meeting, hosts: list[str]) -> list[Finding]:
         torch.cuda.set_device(device)
     problem, seconds = "", 0.0
     try:
+        choose_interface(launch.master_addr)
         dist.init_process_group(
             backend, store=dist.PrefixStore("collectives", meeting._store), rank=launch.rank,
             world_size=launch.world_size, timeout=timedelta(seconds=COLLECTIVE_SECONDS),
@@ -156,7 +158,7 @@ def _check_collectives(meeting: Meeting, hosts: list[str]) -> list[Finding]:
             problem = f"a sum over all ranks came out as {float(values.min()):g} ... {float(values.max()):g}"
         seconds = time.monotonic() - started
         dist.destroy_process_group()
-    except (RuntimeError, dist.DistError) as error:
+    except (LaunchError, RuntimeError, dist.DistError) as error:
         problem = str(error).strip().splitlines()[0]
     said = meeting.gather("collectives", problem)
     wrong = [f"rank {rank} on {hosts[rank]}: {text}" for rank, text in enumerate(said) if text]

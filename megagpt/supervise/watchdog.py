@@ -81,6 +81,7 @@ class Watchdog:
         self._number, self._last_beat, self._where = 0, 0.0, ""
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> its last number, and when it was new
         self._neighbours: dict[int, Beat] | None = None
+        self._stopped: dict[int, float] = {}  # ranks of this host found stopped, and since when
         self._main = threading.main_thread().ident
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -194,7 +195,7 @@ class Watchdog:
     # ---------------------------------------------------------------- judging
 
     def _lost_neighbour(self) -> Verdict | None:
-        """A rank of this host whose process is gone: its host's ranks know first, and within a second."""
+        """A rank of this host whose process is gone or stopped: its host's ranks know first, and best."""
         if self._neighbours is None:
             beats = [self.folder.read(rank) for rank in range(self.place.world_size)]
             if any(beat is None for beat in beats):  # some are still starting
@@ -202,11 +203,21 @@ class Watchdog:
             self._neighbours = {
                 beat.rank: beat for beat in beats if beat and beat.host == self._host and beat.rank != self.place.rank
             }
+        now = time.monotonic()
         for beat in self._neighbours.values():
-            if process_state(beat.pid, beat.pid_started) is None:
-                last = self.folder.read(beat.rank) or beat
-                if last.phase != Phase.LEFT and self.folder.verdict() is None:
-                    return self._pass("lost", describe_lost(Seen(last, "gone", _killed_for_memory())), [last])
+            state = process_state(beat.pid, beat.pid_started)
+            stopped_since = self._stopped.setdefault(beat.rank, now) if state and "stopped" in state else None
+            if stopped_since is None:
+                self._stopped.pop(beat.rank, None)
+            # Before the other hosts, which only know that it is silent.
+            is_frozen = stopped_since is not None and now - stopped_since >= 0.7 * self.limits.silent
+            if state is not None and not is_frozen:
+                continue
+            last = self.folder.read(beat.rank) or beat
+            if last.phase != Phase.LEFT and self.folder.verdict() is None:
+                condition: Condition = "gone" if state is None else "frozen"
+                detail = _killed_for_memory() if state is None else f"its process {beat.pid} is {state}"
+                return self._pass("lost", describe_lost(Seen(last, condition, detail)), [last])
         return None
 
     def _is_first(self) -> bool:
