@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,7 @@ class Cluster:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        shared = {path for path in (ROOT, Path(sys.prefix), folder.parents[1]) if path.is_relative_to("/tmp")}
+        shared = {path for path in (ROOT, Path(sys.prefix), folder.parent) if path.is_relative_to("/tmp")}
         self.environ = {
             **os.environ,
             "PATH": PATH,
@@ -104,11 +105,13 @@ class Cluster:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """Two nodes and a head, for all tests of this session."""
     if (reason := obstacle()) is not None:
         pytest.skip(reason)
-    cluster = Cluster(tmp_path_factory.mktemp("cluster") / "state")
+    base = Path(tempfile.mkdtemp(prefix="megagpt-cluster-"))
+    base.chmod(0o755)  # munged wants its folder, and all above it, to be open to others; pytest's are not
+    cluster = Cluster(base / "state")
     cluster.folder.mkdir()
     started = cluster.control("up", timeout=120)
     try:
@@ -116,3 +119,4 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.control("down")
+        shutil.rmtree(base, ignore_errors=True)
