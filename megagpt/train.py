@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from megagpt.errors import ConfigError, LaunchError, MegagptError, RankError, run_command
+from megagpt.errors import ConfigError, DataError, LaunchError, MegagptError, RankError, run_command
 from megagpt.parallel.console import Console, quiet_libraries
 from megagpt.parallel.launch import Launch, detect_launch
 from megagpt.plan import Plan, load_deepspeed_config, load_run_config, make_plan
@@ -24,6 +24,7 @@ from megagpt.supervise.stopping import Stopping
 
 if TYPE_CHECKING:
     from megagpt.checkpoint import Checkpoints, TrainState
+    from megagpt.checkpoint.background import Saved
     from megagpt.data.loader import MicroBatch
     from megagpt.data.run_data import RunData
     from megagpt.engine import Engine
@@ -88,7 +89,7 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         )
         return 0
     from megagpt.data.fingerprint import fingerprints
-    from megagpt.data.run_data import open_data
+    from megagpt.data.run_data import damaged_datasets, open_data
 
     model, training = plan.model, plan.run.training
     data = open_data(plan.run.data, model.vocab_size, plan.seq_length, training.seed)
@@ -98,6 +99,8 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
 
         ranks = start_ranks(plan, launch)
         require_writable_folders(plan, ranks)
+        if damaged := ranks.broadcast_object(damaged_datasets(plan.run.data) if ranks.rank == 0 else []):
+            raise DataError("\n".join(damaged))
         from megagpt.checkpoint import Checkpoints
         from megagpt.engine import build_engine
         from megagpt.supervise.careful import judge_of
@@ -199,7 +202,8 @@ def train(
     batches = _batches_from(state.samples, plan, ranks, data)
     votes = Consensus(ranks, width=2)
     stopping = Stopping(stop, _deadline(plan, ranks), votes)
-    with contextlib.closing(Meter(plan, console, first_step=state.step)) as meter:
+    with contextlib.closing(checkpoints), contextlib.closing(Meter(plan, console, first_step=state.step)) as meter:
+        checkpoints.on_saved = lambda saved: _tell(saved, meter, stopping)
         careful = CarefulSteps(plan, engine, ranks, meter.say)
         returning = Returning(plan, checkpoints, careful, meter.say)
         evaluate_split = _evaluator(plan, ranks, engine, data, meter)
@@ -212,6 +216,7 @@ def train(
             result = careful.take(batches, rate, state.step + 1, state.samples)
             pulse.enter(Phase.BETWEEN)
             state = state.advance(samples=plan.global_batch_size, skipped=result.skipped)
+            checkpoints.poll()
             meter.record(state.step, rate, result.loss, result.grad_norm, result.loss_scale, result.skipped)
             is_last = state.step == total_steps
             evaluates = is_last or due(state.step, run.training.eval_interval)
@@ -222,6 +227,7 @@ def train(
             if reports:  # before a save: what is recorded up to a checkpoint survives a kill, and is finite
                 meter.report(engine.expert_figures())
             if careful.bad_in_a_row and (is_last or careful.bad_in_a_row == run.supervision.max_bad_steps):
+                checkpoints.wait()
                 state = returning.go_back(state.step, state.samples)
                 meter.go_back(state.step)
                 batches = _batches_from(state.samples, plan, ranks, data)
@@ -232,7 +238,10 @@ def train(
                 evaluate_split("test", state.step)
             if saves and not careful.bad_in_a_row:  # else the weights are in doubt until a step is good again
                 pulse.enter(Phase.SAVE)
-                stopping.note_save(_save(checkpoints, state, meter))
+                _save(checkpoints, state, meter, evaluates)
+            if is_last or reason is not None:
+                pulse.enter(Phase.SAVE)
+                checkpoints.wait()
         if reason is not None:
             meter.say(f"{meter.at(state.step)}  {reason}; {_way_on(plan)}")
     votes.close()
@@ -294,14 +303,18 @@ def _evaluator(
     return evaluate_split
 
 
-def _save(checkpoints: "Checkpoints", state: "TrainState", meter: "Meter") -> float:
+def _save(checkpoints: "Checkpoints", state: "TrainState", meter: "Meter", evaluated: bool) -> None:
     started = time.monotonic()
-    folder = checkpoints.save(state, meter.latest)
-    seconds = time.monotonic() - started
-    if folder is not None:
-        meter.say(f"{meter.at(state.step)}  saved {folder} in {seconds:.1f} s")
-    meter.pause(seconds)
-    return seconds
+    checkpoints.save(state, meter.latest, evaluated)
+    meter.pause(time.monotonic() - started)
+
+
+def _tell(saved: "Saved", meter: "Meter", stopping: Stopping) -> None:
+    stopping.note_save(saved.seconds)
+    meter.say(
+        f"{meter.at(saved.step)}  saved {saved.folder} in {saved.seconds:.1f} s, for which training stood still "
+        f"{saved.stall:.2f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -100,7 +100,9 @@ def save_after_one_step(plan) -> None:
     engine = build_engine(plan, ranks)
     batches = rank_batches(plan, ranks.data_rank, 0)
     engine.train_step(batches, 0.1)
-    Checkpoints(plan, engine, ranks, Console(ranks.rank, False)).save(TrainState(1, 8, 1), {})
+    checkpoints = Checkpoints(plan, engine, ranks, Console(ranks.rank, False))
+    checkpoints.save(TrainState(1, 8, 1), {})
+    checkpoints.wait()
 
 
 @pytest.mark.parametrize("family", EXPERTS)
@@ -184,7 +186,8 @@ def test_a_checkpoint_whose_weights_are_not_those_of_its_probe_is_refused(llama_
     import safetensors.torch
 
     from megagpt.checkpoint import find_checkpoint
-    from megagpt.checkpoint.manifest import Manifest, sha256_of, write_manifest
+    from megagpt.checkpoint.manifest import read_manifest, write_manifest
+    from megagpt.checkpoint.tensor_file import write_tensors
     from megagpt.export import export_checkpoint
 
     folder = tmp_path / "step-00000001"
@@ -192,10 +195,9 @@ def test_a_checkpoint_whose_weights_are_not_those_of_its_probe_is_refused(llama_
     path = folder / "rank-00000.safetensors"
     tensors = safetensors.torch.load_file(path)
     tensors["weight/layers.0.mlp.linear_fc1.weight"][:64] *= -1
-    safetensors.torch.save_file(tensors, path)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    write_manifest(folder, Manifest.model_validate(manifest))
+    manifest = read_manifest(folder)
+    files = {**manifest.files, path.name: write_tensors(path, tensors)}
+    write_manifest(folder, manifest.model_copy(update={"files": files}))
     with pytest.raises(ConversionError, match=r"its logits differ from those of the training ranks"):
         export_checkpoint(folder, tmp_path / "hf")
 

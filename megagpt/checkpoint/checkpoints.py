@@ -1,22 +1,18 @@
-"""Save and restore a run: every rank writes what it owns, every layout reads what it needs."""
+"""Save a run: every rank writes what it owns, beside training; restoring is in `restore.py`."""
 
-import contextlib
-import os
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megagpt import __version__
+from megagpt.checkpoint.background import Saved, SaveFailedError, Saves, Snapshot
 from megagpt.checkpoint.changes import require_unchanged
 from megagpt.checkpoint.manifest import (
     FORMAT,
@@ -27,44 +23,32 @@ from megagpt.checkpoint.manifest import (
     Parameter,
     Piece,
     read_manifest,
-    sha256_of,
     sync_path,
     write_manifest,
 )
 from megagpt.checkpoint.reader import STEP_PREFIX, CheckpointReader, list_checkpoints
+from megagpt.checkpoint.restore import Restorer
+from megagpt.checkpoint.retention import Retention
+from megagpt.checkpoint.state import TrainedModel, TrainState
+from megagpt.checkpoint.tensor_file import file_bytes, write_tensors
 from megagpt.errors import CheckpointError
 from megagpt.model.initialize import full_shape
 from megagpt.model.partition import partition_of
 from megagpt.optim import MOMENTS
 from megagpt.parallel.console import Console
 from megagpt.parallel.ranks import Ranks
-from megagpt.parallel.rng import rng_state, set_rng_state
+from megagpt.parallel.rng import rng_state
 from megagpt.plan import Plan
-
-_UMASK = os.umask(0o022)
-os.umask(_UMASK)
 
 PROBE_POSITIONS = 32
 """Positions of the probe whose logits are kept: enough to tell models apart, little enough to keep for ever."""
-
 PROBE_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Share of the largest logit, by precision. Rounding weights and activations to 16 bits moves logits by percents."""
+SPARE_BYTES = 1 << 20
+"""Room for the manifest and the file system's own tables."""
 
-
-@dataclass(frozen=True)
-class TrainState:
-    """How far a run has come."""
-
-    step: int = 0
-    """Steps done: global batches consumed."""
-    samples: int = 0
-    """Training samples consumed."""
-    updates: int = 0
-    """Updates that the optimizer has made: steps that fp16 did not skip, since the optimizer last started afresh."""
-
-    def advance(self, samples: int, skipped: bool = False) -> "TrainState":
-        """The state after one more step on `samples` samples."""
-        return TrainState(self.step + 1, self.samples + samples, self.updates + (not skipped))
+Pieces = dict[str, tuple[tuple[int, ...], list[Piece]]]
+"""Full shape and parts of parameters by name."""
 
 
 def finished_step(plan: Plan) -> int | None:
@@ -87,28 +71,16 @@ def finished_step(plan: Plan) -> int | None:
     return None
 
 
-class TrainedModel(Protocol):
-    """What checkpoints need of an engine."""
-
-    parameters: dict[str, Any]
-
-    def fragments(self) -> list[Any]: ...
-    def load_weight(self, name: str, shard: Tensor) -> None: ...
-    def shard_shape(self, name: str) -> tuple[int, ...]: ...
-    def logits(self, tokens_BS: Tensor, rows: int, positions: int) -> Tensor | None: ...
-    def loss_scale_state(self) -> dict[str, float] | None: ...
-    def set_loss_scale_state(self, state: dict[str, float]) -> None: ...
-
-
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
         plan: gives directory, retention and layout.
         engine: the model.
-        ranks: this process's place.
+        ranks: this process's place; all ranks make their `Checkpoints` together.
         console: for messages.
         fingerprints: hashes of the run's `dataset` and `tokenizer`.
+        on_saved: told of each complete save, by the thread that trains.
     """
 
     def __init__(
@@ -118,51 +90,94 @@ class Checkpoints:
         ranks: Ranks,
         console: Console,
         fingerprints: Mapping[str, str] = MappingProxyType({}),
+        on_saved: Callable[[Saved], None] = lambda saved: None,
     ):
         self.plan, self.engine, self.ranks, self.console = plan, engine, ranks, console
         self.fingerprints = dict(fingerprints)
-        folder = plan.run.checkpoint.directory
-        self.directory = Path(folder) if folder else None
+        config = plan.run.checkpoint
+        self.directory = Path(config.directory) if config.directory else None
         self._gated = plan.model.is_gated
         self._moments = MOMENTS[plan.run.optimizer.name]
+        self._saves = Saves(ranks, lambda saved: self.on_saved(saved))
+        self.on_saved = on_saved
+        self._snapshot = Snapshot()
+        self._retention = Retention(self.directory, config) if self.directory else None
 
     # ---------------------------------------------------------------- save
 
-    def save(self, state: TrainState, metrics: dict[str, float]) -> Path | None:
-        """Write a checkpoint of all ranks; collective. Nothing if the run has no checkpoint directory.
+    def save(self, state: TrainState, metrics: dict[str, float], evaluated: bool = False) -> Path | None:
+        """Save all ranks' state; collective. Nothing if the run has no checkpoint directory.
+
+        With `checkpoint.asynchronous` it returns as soon as the state is copied; `poll` or `wait` tell of the end. A
+        save that is still running is waited for first.
 
         Args:
             state: how far the run has come.
             metrics: last known losses, kept in the manifest.
+            evaluated: whether `metrics["validation_loss"]` belongs to this very step.
+
+        Returns:
+            Where the checkpoint is, or will be.
 
         Raises:
-            CheckpointError: a rank could not write; the earlier checkpoints are untouched.
+            CheckpointError: this save (if not asynchronous) or the one before failed; earlier ones are untouched.
         """
         if self.directory is None:
             return None
+        started = time.monotonic()
+        self.wait()
+        waited = time.monotonic() - started
+        if waited > 1:
+            self.console.warn(
+                f"training waited {waited:.1f} s for the save before this one: saves take longer than "
+                f"checkpoint.save_interval={self.plan.run.checkpoint.save_interval} steps"
+            )
+        in_thread = self.plan.run.checkpoint.asynchronous
+        tensors, pieces = self._owned()
+        if in_thread:
+            tensors = self._snapshot.copy(tensors)
+        probe = self._probe()
+        manifest = self._manifest(state, metrics, evaluated)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         final = self.directory / f"{STEP_PREFIX}{state.step:08d}"
-        temporary = self.directory / f".{final.name}.tmp"
-        problem = self._attempt(lambda: self._prepare(temporary) if self.ranks.rank == 0 else None)
-        self._raise_together(problem, final)
-        files: dict[str, File] = {}
-        pieces: dict[str, tuple[tuple[int, ...], list[Piece]]] = {}
-        problem = self._attempt(lambda: self._write_rank(temporary, files, pieces))
-        self._raise_together(problem, final)
-        self._write_probe(temporary, files, final)
-        gathered = self.ranks.gather_objects((files, pieces))
-        problem = None
-        if self.ranks.rank == 0:
-            problem = self._attempt(lambda: self._complete(temporary, final, self._manifest(state, metrics, gathered)))
-        self._raise_together(problem, final)
+
+        def work() -> None:
+            try:
+                self._write(final, tensors, pieces, probe, manifest)
+            except SaveFailedError:
+                if self.ranks.rank == 0:  # what is there of it takes space, perhaps the last
+                    shutil.rmtree(temporary_folder(final), ignore_errors=True)
+                raise
+
+        self._saves.start(work, final, state.step, started, in_thread)
         return final
 
-    def _prepare(self, temporary: Path) -> None:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed while saving
-        temporary.mkdir(parents=True)
+    def poll(self) -> None:
+        """Between steps: learn whether the save that is running has ended; collective while one is.
 
-    def _write_rank(self, temporary: Path, files: dict[str, File], pieces: dict) -> None:
-        name = f"rank-{self.ranks.rank:05d}.safetensors"
-        tensors = {f"rng/{key}": state for key, state in rng_state().items()}
+        Raises:
+            CheckpointError: it failed; on all ranks at the same step.
+        """
+        self._saves.poll()
+
+    def wait(self) -> None:
+        """Wait for the save that is running, if there is one; collective then.
+
+        Raises:
+            CheckpointError: it failed; on all ranks.
+        """
+        self._saves.wait()
+
+    def close(self) -> None:
+        """Let the save that is running end before this process does, whatever ends it; talks to no other rank."""
+        if problem := self._saves.close():
+            self.console.warn(f"the checkpoint that was being saved is lost: {problem}")
+
+    def _owned(self) -> tuple[dict[str, Tensor], Pieces]:
+        """What this rank writes: tensors by name in the file (not copied), and where they belong."""
+        tensors: dict[str, Tensor] = {}
+        pieces: Pieces = {}
         for fragment in self.engine.fragments():
             partition = partition_of(fragment.name, self._gated)
             if not self._owns(fragment.name, partition.dim):
@@ -170,10 +185,15 @@ class Checkpoints:
             tensors[f"weight/{fragment.name}"] = fragment.master
             for key in self._moments:
                 tensors[f"{key}/{fragment.name}"] = fragment.moment(key)
-            piece = Piece(file=name, tensor_rank=self.ranks.tensor_rank, start=fragment.start, stop=fragment.stop)
+            piece = Piece(
+                file=self._file_name(), tensor_rank=self.ranks.tensor_rank, start=fragment.start, stop=fragment.stop
+            )
             shape = full_shape(torch.empty(self.engine.shard_shape(fragment.name), device="meta"), partition, self.plan)
             pieces[fragment.name] = (shape, [piece])
-        files[name] = _write(temporary / name, tensors)
+        return tensors | {f"rng/{key}": state for key, state in rng_state().items()}, pieces
+
+    def _file_name(self) -> str:
+        return f"rank-{self.ranks.rank:05d}.safetensors"
 
     def _owns(self, name: str, dim: int | None) -> bool:
         """Whether this rank saves the parameter: one TP rank saves uncut ones, the first stage saves tied ones."""
@@ -181,25 +201,78 @@ class Checkpoints:
             return False
         return not (name.startswith("embedding.") and not self.ranks.is_first_stage)
 
-    def _write_probe(self, temporary: Path, files: dict[str, File], final: Path) -> None:
-        tokens_BS = probe_tokens(self.plan)
-        logits_BSV = self.engine.logits(tokens_BS, rows=1, positions=min(PROBE_POSITIONS, tokens_BS.shape[1]))
-        writer = self.ranks.is_last_stage and self.ranks.tensor_rank == 0 and self.ranks.gradient_rank == 0
+    def _probe(self) -> dict[str, Tensor] | None:
+        """The probe's tensors on the rank that writes them; collective."""
+        tokens_BS, positions = probe_tokens(self.plan), min(PROBE_POSITIONS, self.plan.seq_length)
+        # No position sees a later one, so that the later ones need not be computed.
+        needed = self.plan.seq_length if self.ranks.context_size > 1 else _multiple(positions, self.ranks.tensor_size)
+        logits_BSV = self.engine.logits(tokens_BS[:, :needed], rows=1, positions=positions)
+        if not (self.ranks.is_last_stage and self.ranks.tensor_rank == 0 and self.ranks.gradient_rank == 0):
+            return None
+        assert logits_BSV is not None
+        return {"tokens": tokens_BS, "logits": logits_BSV.cpu()}
 
-        def write() -> None:
-            assert logits_BSV is not None
-            tensors = {"tokens": tokens_BS[:1], "logits": logits_BSV}
-            files[PROBE] = _write(temporary / PROBE, tensors)
+    # ---------------------------------------------------------------- in the thread that writes
 
-        self._raise_together(self._attempt(write) if writer else None, final)
+    def _write(
+        self,
+        final: Path,
+        tensors: dict[str, Tensor],
+        pieces: Pieces,
+        probe: dict[str, Tensor] | None,
+        manifest: Manifest,
+    ) -> None:
+        """Write a checkpoint together with the other ranks.
 
-    def _manifest(self, state: TrainState, metrics: dict[str, float], gathered: list) -> Manifest:
+        Raises:
+            SaveFailedError: some rank could not; on all ranks.
+        """
+        temporary = temporary_folder(final)
+        is_first = self.ranks.rank == 0
+        needed = sum(self._saves.exchange.gather_objects(file_bytes(tensors) + file_bytes(probe or {})))
+        self._together(lambda: self._prepare(temporary, needed) if is_first else None)
         files: dict[str, File] = {}
-        parameters: dict[str, tuple[tuple[int, ...], list[Piece]]] = {}
-        for rank_files, rank_pieces in gathered:
-            files.update(rank_files)
-            for name, (shape, parts) in rank_pieces.items():
-                parameters.setdefault(name, (shape, []))[1].extend(parts)
+
+        def write_files() -> None:
+            files[self._file_name()] = write_tensors(temporary / self._file_name(), tensors)
+            if probe is not None:
+                files[PROBE] = write_tensors(temporary / PROBE, probe)
+
+        self._together(write_files)
+        gathered = self._saves.exchange.gather_objects((files, pieces))
+        self._together(lambda: self._complete(temporary, final, _joined(manifest, gathered)) if is_first else None)
+
+    def _prepare(self, temporary: Path, needed: int) -> None:
+        assert self._retention is not None
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        self._retention.clean()
+        free = shutil.disk_usage(temporary.parent).free
+        if free < needed + SPARE_BYTES:
+            raise OSError(f"{(needed + SPARE_BYTES) / 1e9:.3f} GB are needed and {free / 1e9:.3f} GB are free")
+        temporary.mkdir()
+
+    def _complete(self, temporary: Path, final: Path, manifest: Manifest) -> None:
+        assert self._retention is not None
+        write_manifest(temporary, manifest)
+        sync_path(temporary)
+        self._retention.replace(temporary, final)
+        read_manifest(final)  # what cannot be read again must not replace what can
+        self._retention.apply()
+
+    def _together(self, action: Callable[[], Any]) -> None:
+        """Do something on each rank and fail on all ranks if one has failed, so that none waits for it."""
+        problem = None
+        try:
+            action()
+        except (OSError, CheckpointError) as error:
+            problem = f"rank {self.ranks.rank}: {error}"
+        except Exception as error:  # a bug here must not leave the other ranks waiting
+            problem = f"rank {self.ranks.rank}: {type(error).__name__}: {error}"
+        if problems := [found for found in self._saves.exchange.gather_objects(problem) if found]:
+            raise SaveFailedError("; ".join(problems))
+
+    def _manifest(self, state: TrainState, metrics: dict[str, float], evaluated: bool) -> Manifest:
+        """The manifest without what the other ranks write."""
         loss_scale = self.engine.loss_scale_state()
         return Manifest(
             format=FORMAT,
@@ -216,40 +289,14 @@ class Checkpoints:
             pipeline_parallel_size=self.plan.pipeline_parallel_size,
             padded_vocab_size=self.plan.padded_vocab_size,
             moments=self._moments,
-            parameters={n: Parameter(shape=shape, pieces=tuple(parts)) for n, (shape, parts) in parameters.items()},
-            files=files,
-            metrics=metrics,
+            parameters={},
+            files={},
+            metrics=dict(metrics),
+            evaluated=evaluated,
             fingerprints=self.fingerprints,
             precision=self.plan.precision,
             probe_tolerance=PROBE_TOLERANCE[self.plan.precision],
         )
-
-    def _complete(self, temporary: Path, final: Path, manifest: Manifest) -> None:
-        write_manifest(temporary, manifest)
-        sync_path(temporary)
-        if final.exists():  # the same step again, after a resume from an older checkpoint
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        sync_path(final.parent)
-        read_manifest(final)  # what cannot be read again must not replace what can
-        for old in list_checkpoints(final.parent)[self.plan.run.checkpoint.keep_last :]:
-            if old != final:
-                shutil.rmtree(old)
-
-    def _attempt(self, action: Any) -> str | None:
-        try:
-            action()
-        except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-            return f"rank {self.ranks.rank}: {error}"
-        return None
-
-    def _raise_together(self, problem: str | None, final: Path) -> None:
-        """Fail on all ranks if one has failed, so that none waits for it."""
-        problems = [found for found in self.ranks.gather_objects(problem) if found]
-        if problems:
-            raise CheckpointError(
-                f"{final}: could not be saved ({'; '.join(problems)}); free space or mend the folder, then start again"
-            )
 
     # ---------------------------------------------------------------- restore
 
@@ -261,114 +308,38 @@ class Checkpoints:
         """
         if self.directory is None:
             return None
-        folders = self.ranks.broadcast_object(list_checkpoints(self.directory))
-        damaged: list[Path] = []
-        for folder in folders:
-            reader = self._open_intact(folder)
-            if reader is None:
-                damaged.append(folder)
-                continue
-            require_unchanged(reader, self.plan, self.fingerprints, self.console)
-            self._load_together(reader)
-            self._set_aside(damaged)
-            updates = reader.manifest.updates_done if self._has_moments(reader) else 0
-            state = TrainState(reader.manifest.step, reader.manifest.samples, updates)
-            self.console.say(f"resumed from {folder} (step {state.step})")
-            return state
-        if damaged:
-            raise CheckpointError(
-                f"checkpoint.directory={self.directory}: none of its {len(damaged)} checkpoints is intact; restore one "
-                "from a backup, or give another directory to start afresh"
-            )
-        return None
+        restorer = Restorer(self.plan, self.engine, self.ranks, self.console, self.fingerprints)
+        reader = restorer.restore_newest(self.directory)
+        if reader is None:
+            return None
+        manifest = reader.manifest
+        updates = manifest.updates_done if restorer.has_moments(reader) else 0
+        return TrainState(manifest.step, manifest.samples, updates)
 
-    def _set_aside(self, damaged: list[Path]) -> None:
-        """Rename damaged checkpoints, so that retention does not count them as the newest; nothing is deleted."""
-        if self.ranks.rank == 0:
-            for folder in damaged:
-                kept = folder.with_name(f"damaged-{folder.name}-{time.time_ns()}")
-                with contextlib.suppress(OSError):  # a folder that cannot be renamed is skipped again next time
-                    folder.rename(kept)
-                    self.console.warn(f"{folder} is kept as {kept.name}")
-        self.ranks.barrier()
 
-    def _load_together(self, reader: CheckpointReader) -> None:
-        names = {name for part in self.ranks.gather_objects(list(self.engine.parameters)) for name in part}
-        if unused := sorted(set(reader.names) - names):
-            raise CheckpointError(
-                f"{reader.folder}: the model has no place for {', '.join(unused[:3])}{' ...' if unused[3:] else ''}; "
-                "such a change of the model cannot be forced"
-            )
-        problem = None
-        try:
-            self._load(reader)
-        except CheckpointError as error:
-            problem = str(error)
-        found = [problem for problem in self.ranks.gather_objects(problem) if problem]
-        if found:
-            raise CheckpointError(found[0])
+def temporary_folder(final: Path) -> Path:
+    """Where a checkpoint is written before it is complete."""
+    return final.with_name(f".{final.name}.tmp")
 
-    def _open_intact(self, folder: Path) -> CheckpointReader | None:
-        reader, problems = None, []
-        try:
-            reader = CheckpointReader(folder)
-            problems = reader.problems(self.ranks.rank, self.ranks.world_size)
-        except CheckpointError as error:
-            problems = [str(error)]
-        found = sorted({problem for part in self.ranks.gather_objects(problems) for problem in part})
-        for problem in found:
-            self.console.warn(f"{problem}; this checkpoint is skipped and the next older one is tried")
-        return None if found else reader
 
-    def _has_moments(self, reader: CheckpointReader) -> bool:
-        return set(self._moments) <= set(reader.manifest.moments)
-
-    def _load(self, reader: CheckpointReader) -> None:
-        manifest, plan, ranks = reader.manifest, self.plan, self.ranks
-
-        def read(name: str, kind: str) -> Tensor:
-            return reader.shard(name, kind, ranks.tensor_rank, ranks.tensor_size, plan.padded_vocab_size)
-
-        fragments = {fragment.name: fragment for fragment in self.engine.fragments()}
-        same_optimizer = self._has_moments(reader)
-        if not same_optimizer:
-            self.console.warn(f"{reader.folder} has no {', '.join(self._moments)}: the optimizer starts afresh")
-        with torch.no_grad():
-            for name in self.engine.parameters:
-                shard = read(name, "weight")
-                if tuple(shard.shape) != self.engine.shard_shape(name):
-                    raise CheckpointError(
-                        f"{reader.folder}: {name} is {list(shard.shape)} on this rank, the model wants "
-                        f"{list(self.engine.shard_shape(name))}; such a change of the model cannot be forced"
-                    )
-                self.engine.load_weight(name, shard)
-                fragment = fragments.get(name)
-                if fragment is None:
-                    continue
-                part = slice(fragment.start, fragment.stop)
-                fragment.master.copy_(shard.flatten()[part])
-                if same_optimizer:
-                    fragment.prepare_state(manifest.updates_done, self._moments)
-                    for key in self._moments:
-                        fragment.moment(key).copy_(read(name, key).flatten()[part])
-        if manifest.loss_scale is not None:
-            self.engine.set_loss_scale_state(manifest.loss_scale.model_dump())
-        context = reader.run.parallel.context_parallel_size
-        layout = (manifest.world_size, manifest.tensor_parallel_size, context, manifest.pipeline_parallel_size)
-        sizes = plan.tensor_parallel_size, plan.context_parallel_size, plan.pipeline_parallel_size
-        if layout == (plan.world_size, *sizes):
-            set_rng_state(reader.rng(ranks.rank))
+def _joined(manifest: Manifest, gathered: list[tuple[dict[str, File], Pieces]]) -> Manifest:
+    """The manifest with the files and pieces of all ranks."""
+    files: dict[str, File] = {}
+    parts: Pieces = {}
+    for rank_files, rank_pieces in gathered:
+        files.update(rank_files)
+        for name, (shape, pieces) in rank_pieces.items():
+            parts.setdefault(name, (shape, []))[1].extend(pieces)
+    parameters = {name: Parameter(shape=shape, pieces=tuple(pieces)) for name, (shape, pieces) in parts.items()}
+    return manifest.model_copy(update={"files": files, "parameters": parameters})
 
 
 def probe_tokens(plan: Plan) -> Tensor:
-    """A fixed micro-batch of token ids, [micro-batch size, sequence length]; all rows are the same."""
+    """One fixed sample of token ids, [1, sequence length]."""
     generator = torch.Generator().manual_seed(0)
-    row = torch.randint(0, plan.model.vocab_size, (1, plan.seq_length), generator=generator)
-    return row.repeat(plan.microbatch_size, 1)
+    return torch.randint(0, plan.model.vocab_size, (1, plan.seq_length), generator=generator)
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> File:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    path.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner may read
-    sync_path(path)
-    return File(bytes=path.stat().st_size, sha256=sha256_of(path))
+def _multiple(number: int, of: int) -> int:
+    """The smallest multiple that is not smaller."""
+    return -(-number // of) * of

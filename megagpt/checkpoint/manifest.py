@@ -3,21 +3,24 @@
 A checkpoint is a folder `step-00000200/` with
 
     rank-00000.safetensors ...   per rank: the fragments of weights and moments that it owns (1-D, fp32) and its
-                                 random states, as `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `rng/NAME`
+                                 random states, as `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `rng/NAME`;
+                                 each tensor with its hash, see `tensor_file.py`
     probe.safetensors            `tokens` [1, S] int64, the same pseudo-random ones in every checkpoint of a model, and
                                  `logits` [1, P, vocabulary] fp32: what the training ranks, in their layout and
                                  precision, computed for the first P positions without dropout
     manifest.json                what is where, with sizes and hashes
     manifest.sha256              hash of the manifest, written last; a folder without these two does not count
 
-It is written under a temporary name and renamed once complete.
+It is written under a temporary name and renamed once complete. Beside the checkpoints, `latest` and `best` hold the
+name of the newest one and of the one with the lowest validation loss. They are for people and scripts: what a run
+resumes from is found by looking at all folders.
 """
 
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -26,7 +29,7 @@ from megagpt.errors import CheckpointError
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 PROBE = "probe.safetensors"
-FORMAT = 1
+FORMAT = 2
 
 
 class _Record(BaseModel):
@@ -37,7 +40,8 @@ class File(_Record):
     """One file of the checkpoint."""
 
     bytes: int = Field(ge=0)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    header_xxh3: str = Field(pattern="^[0-9a-f]{32}$")
+    """XXH3-128 of the header's length and text, which hold the hashes of all tensors."""
 
 
 class Piece(_Record):
@@ -52,7 +56,7 @@ class Piece(_Record):
 class Parameter(_Record):
     """One parameter: its full shape (vocabulary not padded) and where its parts are."""
 
-    shape: tuple[int, ...]
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
     pieces: tuple[Piece, ...]
 
 
@@ -97,6 +101,8 @@ class Manifest(_Record):
     files: dict[str, File]
     metrics: dict[str, float]
     """Last known losses."""
+    evaluated: bool = False
+    """Whether the validation loss among them was measured at this very step."""
     fingerprints: dict[str, str] = Field(default_factory=dict)
     """Hashes of the `dataset` and of the `tokenizer` that the run had, as far as it had any."""
     precision: str
@@ -121,12 +127,24 @@ def read_manifest(folder: Path) -> Manifest:
         text = path.read_bytes()
         if hashlib.sha256(text).hexdigest() != (folder / MANIFEST_HASH).read_text().strip():
             raise CheckpointError(f"{path}: SHA-256 differs from {MANIFEST_HASH}'s: the content has changed")
-        tree = json.loads(text)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{error.filename}: missing, so the checkpoint was never completed; use another one"
         ) from None
     except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable ({error}); use another checkpoint") from None
+    return parse_manifest(path, text)
+
+
+def parse_manifest(path: Path, text: bytes) -> Manifest:
+    """The manifest that a file's content tells of.
+
+    Raises:
+        CheckpointError: see `read_manifest`.
+    """
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); use another checkpoint") from None
     found = tree.get("format") if isinstance(tree, dict) else None
     if found != FORMAT:
@@ -155,28 +173,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     for name, content in ((MANIFEST, text), (MANIFEST_HASH, hashlib.sha256(text).hexdigest().encode() + b"\n")):
         (folder / name).write_bytes(content)
         sync_path(folder / name)
-
-
-def file_problem(path: Path, expected: File, with_hash: bool = True) -> str | None:
-    """What is wrong with a file, as a sentence; None if it is whole."""
-    try:
-        size = path.stat().st_size
-    except OSError:
-        return f"{path}: missing"
-    if size != expected.bytes:
-        return f"{path}: {size} bytes, {expected.bytes} expected: truncated or replaced"
-    try:
-        if with_hash and sha256_of(path) != expected.sha256:
-            return f"{path}: SHA-256 differs from the manifest's: the content has changed"
-    except OSError as error:
-        return f"{path}: not readable ({error.strerror})"
-    return None
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_path(path: Path) -> None:

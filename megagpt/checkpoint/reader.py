@@ -4,10 +4,10 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megagpt.checkpoint.manifest import PROBE, Manifest, file_problem, read_manifest
+from megagpt.checkpoint.manifest import PROBE, Manifest, Piece, read_manifest
+from megagpt.checkpoint.tensor_file import DamagedError, TensorFile, host_memory
 from megagpt.errors import CheckpointError, ConfigError
 from megagpt.model.partition import partition_of
 from megagpt.plan import RunConfig, run_config_from_dict
@@ -58,6 +58,18 @@ class CheckpointReader:
         except ConfigError as error:
             raise CheckpointError(f"{error}; another version of megagpt may read this checkpoint") from None
         self._gated = self.run.model.is_gated
+        for name, parameter in self.manifest.parameters.items():
+            self._require_known(name, len(parameter.shape))
+        self._files: dict[str, TensorFile] = {}
+        self._scratch = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
+
+    def _require_known(self, name: str, dimensions: int) -> None:
+        try:
+            partition = partition_of(name, self._gated)
+        except AssertionError:
+            raise CheckpointError(f"{self.folder}: {name} is no parameter of ours; the manifest is not ours") from None
+        if dimensions <= (partition.dim or 0):
+            raise CheckpointError(f"{self.folder}: {name} has {dimensions} dimensions; the manifest is not ours")
 
     @property
     def names(self) -> list[str]:
@@ -70,40 +82,85 @@ class CheckpointReader:
         Args:
             part: look at every `of`-th file from this one on, so that ranks can share the work.
             of: number of parts.
-            with_hash: read the files and compare their hashes; else look at sizes only.
+            with_hash: read the files and compare their hashes; else look at sizes and headers only.
         """
-        files = sorted(self.manifest.files.items())[part::of]
-        found = (file_problem(self.folder / name, expected, with_hash) for name, expected in files)
-        return [problem for problem in found if problem]
+        names = sorted(self.manifest.files)[part::of]
+        return [problem for name in names if (problem := self.file_problem(name, with_hash))]
+
+    def file_problem(self, name: str, with_hash: bool = True) -> str | None:
+        """What is wrong with one file, as a sentence; None if it is whole."""
+        try:
+            file = self._file(name)
+            if with_hash:
+                file.verify_rest()
+        except DamagedError as error:
+            return str(error)
+        return None
+
+    def verified_files(self) -> list[str]:
+        """Files of which all has been read, and found to be what was saved."""
+        return [name for name, file in self._files.items() if file.is_verified]
 
     def full(self, name: str, kind: str = "weight") -> Tensor:
         """A whole parameter (or moment, by `kind`) in fp32, vocabulary not padded.
 
         Raises:
-            CheckpointError: the parameter or one of its files is not there, or its parts leave a gap.
+            CheckpointError: the parameter or one of its files is not there or damaged, or its parts leave a gap.
         """
         partition = partition_of(name, self._gated)
         count = 1 if partition.dim is None else self.manifest.tensor_parallel_size
         shards = [self._stored_shard(name, kind, rank) for rank in range(count)]
         return partition.join(shards, self.run.model.vocab_size)
 
-    def shard(self, name: str, kind: str, tensor_rank: int, tensor_size: int, padded_vocab_size: int) -> Tensor:
+    def shard(
+        self,
+        name: str,
+        kind: str,
+        tensor_rank: int,
+        tensor_size: int,
+        padded_vocab_size: int,
+        borrowed: bool = False,
+    ) -> Tensor:
         """One rank's tensor-parallel shard in fp32, for any tensor-parallel size.
+
+        Args:
+            borrowed: the result may lie in memory that the next call overwrites, which is faster.
 
         Raises:
             CheckpointError: as for `full`.
         """
-        manifest, partition = self.manifest, partition_of(name, self._gated)
-        if (tensor_size, padded_vocab_size) == (manifest.tensor_parallel_size, manifest.padded_vocab_size):
-            return self._stored_shard(name, kind, 0 if partition.dim is None else tensor_rank)
+        partition = partition_of(name, self._gated)
+        if self._is_stored_so(tensor_size, padded_vocab_size):
+            stored_rank = 0 if partition.dim is None else tensor_rank
+            return self._stored_shard(name, kind, stored_rank, borrowed=borrowed)
         return partition.shard(self.full(name, kind), tensor_rank, tensor_size, padded_vocab_size)
+
+    def part_of_shard(
+        self,
+        name: str,
+        kind: str,
+        tensor_rank: int,
+        tensor_size: int,
+        padded_vocab_size: int,
+        start: int,
+        stop: int,
+    ) -> Tensor:
+        """Elements start ... stop-1 of a flattened `shard`, 1-D, in memory that the next call overwrites; no more is
+        read than has to be.
+
+        Raises:
+            CheckpointError: as for `full`.
+        """
+        if not self._is_stored_so(tensor_size, padded_vocab_size):
+            return self.shard(name, kind, tensor_rank, tensor_size, padded_vocab_size).flatten()[start:stop]
+        stored_rank = 0 if partition_of(name, self._gated).dim is None else tensor_rank
+        return self._stored_shard(name, kind, stored_rank, (start, stop), borrowed=True)
 
     def rng(self, rank: int) -> dict[str, Tensor]:
         """Random states of one rank."""
         prefix = "rng/"
-        with self._open(f"rank-{rank:05d}.safetensors") as file:
-            keys = file.keys()  # the file itself cannot be iterated over
-            return {key.removeprefix(prefix): file.get_tensor(key) for key in keys if key.startswith(prefix)}
+        file = self._file(f"rank-{rank:05d}.safetensors")
+        return {name.removeprefix(prefix): file.read(name) for name in file.entries if name.startswith(prefix)}
 
     def probe(self) -> tuple[Tensor, Tensor]:
         """The probe: tokens [1, S] and the trained model's logits [1, P, vocabulary] at the first P positions.
@@ -111,8 +168,12 @@ class CheckpointReader:
         The logits were computed in `manifest.precision`; the same weights computed exactly may differ from them by
         `manifest.probe_tolerance` times the largest logit.
         """
-        with self._open(PROBE) as file:
-            return file.get_tensor("tokens"), file.get_tensor("logits")
+        file = self._file(PROBE)
+        return file.read("tokens"), file.read("logits")
+
+    def _is_stored_so(self, tensor_size: int, padded_vocab_size: int) -> bool:
+        manifest = self.manifest
+        return (tensor_size, padded_vocab_size) == (manifest.tensor_parallel_size, manifest.padded_vocab_size)
 
     def _shard_shape(self, name: str) -> tuple[int, ...]:
         partition = partition_of(name, self._gated)
@@ -123,35 +184,67 @@ class CheckpointReader:
             shape[partition.dim] //= self.manifest.tensor_parallel_size
         return tuple(shape)
 
-    def _stored_shard(self, name: str, kind: str, tensor_rank: int) -> Tensor:
+    def _stored_shard(
+        self,
+        name: str,
+        kind: str,
+        tensor_rank: int,
+        span: tuple[int, int] | None = None,
+        borrowed: bool = False,
+    ) -> Tensor:
+        """A shard as it was saved, or the elements of a span of it."""
         if name not in self.manifest.parameters:
             raise CheckpointError(f"{self.folder}: has no parameter {name}; it belongs to another model")
-        shape = self._shard_shape(name)
-        flat = torch.empty(prod(shape))
-        covered = 0
+        shape, entry = self._shard_shape(name), f"{kind}/{name}"
         pieces = [piece for piece in self.manifest.parameters[name].pieces if piece.tensor_rank == tensor_rank]
-        for piece in sorted(pieces, key=lambda piece: piece.start):
-            where = f"{self.folder}/{piece.file}: {kind}/{name}"
-            with self._open(piece.file) as file:
-                try:
-                    part = file.get_tensor(f"{kind}/{name}")
-                except SafetensorError:
-                    raise CheckpointError(f"{where} is missing; the file is not ours") from None
-            if part.numel() != piece.stop - piece.start or piece.stop > flat.numel() or piece.start != covered:
-                raise CheckpointError(
-                    f"{where} has {part.numel()} elements, not {piece.start} to {piece.stop} after the {covered} before"
-                )
-            flat[piece.start : piece.stop] = part
-            covered = piece.stop
-        if covered != flat.numel():
-            raise CheckpointError(
-                f"{self.folder}: {covered} of {flat.numel()} elements of {kind}/{name} are here; use another checkpoint"
-            )
-        return flat.reshape(shape)
+        pieces.sort(key=lambda piece: piece.start)
+        self._require_whole(pieces, prod(shape), entry)
+        start, stop = span or (0, prod(shape))
+        flat = self._memory(0, stop - start) if borrowed else torch.empty(stop - start)
+        for piece in pieces:
+            first, last = max(start, piece.start), min(stop, piece.stop)
+            if first >= last:
+                continue
+            place = flat[first - start : last - start]
+            if (first, last) == (piece.start, piece.stop):
+                self._file(piece.file).read(entry, place.view(torch.uint8))
+            else:  # all of it is read, to compare its hash
+                whole = self._memory(1, piece.stop - piece.start)
+                self._file(piece.file).read(entry, whole.view(torch.uint8))
+                place.copy_(whole[first - piece.start : last - piece.start])
+        return flat.reshape(shape) if span is None else flat
 
-    def _open(self, name: str):
-        path = self.folder / name
-        try:
-            return safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: not readable ({error}); use another checkpoint") from None
+    def _require_whole(self, pieces: list[Piece], numel: int, entry: str) -> None:
+        """See that pieces in order make up a shard, and that their files have them, before any memory is taken."""
+        covered = 0
+        for piece in pieces:
+            file = self._file(piece.file)
+            found = file.entries.get(entry)
+            if found is None or found.dtype != torch.float32 or prod(found.shape) != piece.stop - piece.start:
+                what = "is missing" if found is None else f"is {found.dtype}, {list(found.shape)}"
+                raise DamagedError(
+                    f"{file.path}: {entry} {what}, not {piece.stop - piece.start} fp32 elements; the file is not ours"
+                )
+            if piece.stop > numel or piece.start != covered:
+                raise CheckpointError(
+                    f"{file.path}: {entry} is said to hold elements {piece.start} to {piece.stop} of {numel}, after "
+                    f"the {covered} before; the manifest is not ours"
+                )
+            covered = piece.stop
+        if covered != numel:
+            raise CheckpointError(
+                f"{self.folder}: {covered} of {numel} elements of {entry} are here; use another checkpoint"
+            )
+
+    def _memory(self, index: int, numel: int) -> Tensor:
+        """fp32 memory that is used again and again: fresh memory costs more than reading into it."""
+        if self._scratch[index].numel() < 4 * numel:
+            self._scratch[index] = host_memory(4 * numel)
+        return self._scratch[index][: 4 * numel].view(torch.float32)
+
+    def _file(self, name: str) -> TensorFile:
+        if name not in self._files:
+            if name not in self.manifest.files:
+                raise DamagedError(f"{self.folder}: has no {name}; it is not ours")
+            self._files[name] = TensorFile(self.folder / name, self.manifest.files[name])
+        return self._files[name]

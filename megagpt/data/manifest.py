@@ -51,6 +51,18 @@ class Manifest:
     idx_sha256: str
     inputs: tuple[InputFile, ...]
 
+    def require_fits(self, prefix: str | Path, num_documents: int, num_tokens: int) -> None:
+        """See that the files hold as much as the manifest says.
+
+        Raises:
+            DataError: they do not.
+        """
+        if (self.num_documents, self.num_tokens) != (num_documents, num_tokens):
+            raise DataError(
+                f"{manifest_path(prefix)} describes {self.num_documents} documents with {self.num_tokens} tokens, but "
+                f".bin/.idx hold {num_documents} with {num_tokens}; rebuild with tools/preprocess_data.py"
+            )
+
 
 def manifest_path(prefix: str | Path) -> Path:
     """Path of the manifest that belongs to a prefix."""

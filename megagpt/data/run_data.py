@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 
 from megagpt.data.indexed import IndexedDataset, bin_path
-from megagpt.data.manifest import Manifest, manifest_path, read_manifest
+from megagpt.data.manifest import Manifest, read_manifest, verify_files
 from megagpt.data.mixture import MixedStream, Mixture, Samples, make_mixture
 from megagpt.data.samples import SampleStream, split_ranges
 from megagpt.data.tokenizer import Tokenizer
@@ -84,6 +84,22 @@ def open_data(config: DataConfig, vocab_size: int, seq_length: int, seed: int) -
     return RunData(train, _held_out(held_out["validation"], shares), _held_out(held_out["test"], shares))
 
 
+def damaged_datasets(config: DataConfig) -> list[str]:
+    """Compare all files of a run with the checksums of their manifests, if `verify_checksums` asks for it.
+
+    Returns:
+        What is wrong, one sentence per dataset; a dataset without manifest counts as wrong.
+    """
+    problems = []
+    if config.verify_checksums:
+        for entry in (*config.mixed, *config.validation, *config.test):
+            try:
+                verify_files(entry.prefix)
+            except DataError as error:
+                problems.append(str(error))
+    return problems
+
+
 def _held_out(streams: list[tuple[str, SampleStream | None]], shares: dict[str, float]) -> tuple[HeldOut, ...]:
     """Those that are long enough, weighed as in training if all of them are trained on, else equally."""
     found = [(name, stream) for name, stream in streams if stream is not None]
@@ -151,13 +167,7 @@ class _Opened:
 
 
 def _check_manifest(prefix: str, manifest: Manifest, dataset: IndexedDataset, vocab_size: int) -> None:
-    described = manifest.num_documents, manifest.num_tokens
-    found = dataset.num_documents, dataset.num_tokens
-    if described != found:
-        raise DataError(
-            f"{manifest_path(prefix)} describes {described[0]} documents with {described[1]} tokens, but .bin/.idx hold"
-            f" {found[0]} with {found[1]}; rebuild with tools/preprocess_data.py"
-        )
+    manifest.require_fits(prefix, dataset.num_documents, dataset.num_tokens)
     if manifest.vocab_size > vocab_size:
         raise DataError(
             f"model.vocab_size={vocab_size} but dataset {prefix} was made with {manifest.vocab_size} tokens"

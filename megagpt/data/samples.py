@@ -62,6 +62,9 @@ class SampleStream:
     token, so that every token but the first is predicted once an epoch. Windows run across document borders.
 
     `len(stream)` is the number of samples of one epoch.
+
+    Attributes:
+        dataset: what the tokens are read from.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class SampleStream:
         Raises:
             DataError: the range is too short for one sample.
         """
-        self._dataset = dataset
+        self.dataset = dataset
         self._start, stop = token_range
         self._seq_length = seq_length
         self._seed = seed
@@ -107,22 +110,27 @@ class SampleStream:
         """Tokens of a sample that are predicted."""
         return self._seq_length
 
+    def token_range(self, global_index: int) -> tuple[int, int]:
+        """First token of a sample in the dataset, and the one behind its last."""
+        if self._shuffle:
+            _, position = sample_position(global_index, self._num_samples, self._seed)
+        else:
+            position = global_index % self._num_samples
+        start = self._start + position * self._seq_length
+        return start, start + self._seq_length + 1
+
     def sample(self, global_index: int) -> np.ndarray:
         """The sample that a run sees after `global_index` others: int64 [seq_length + 1].
 
         Raises:
             DataError: a token is outside the vocabulary.
         """
-        if self._shuffle:
-            _, position = sample_position(global_index, self._num_samples, self._seed)
-        else:
-            position = global_index % self._num_samples
-        start = self._start + position * self._seq_length
-        tokens = self._dataset.tokens(start, start + self._seq_length + 1).astype(np.int64)
+        start, stop = self.token_range(global_index)
+        tokens = self.dataset.tokens(start, stop).astype(np.int64)
         if self._vocab_size is not None and not (tokens.min() >= 0 and tokens.max() < self._vocab_size):
             row = int(np.flatnonzero((tokens < 0) | (tokens >= self._vocab_size))[0])
             raise DataError(
-                f"{self._dataset.prefix}: token number {start + row} is {tokens[row]}, outside"
+                f"{self.dataset.prefix}: token number {start + row} is {tokens[row]}, outside"
                 f" model.vocab_size={self._vocab_size}; set model.vocab_size to the tokenizer's or rebuild the dataset"
             )
         return tokens

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from megagpt.engine.experts import expert_figures, tell_experts_to_deepspeed
@@ -170,7 +171,8 @@ class Engine:
         """First logits of one micro-batch, vocabulary whole and without padding.
 
         Args:
-            tokens_BS: [micro-batch size, sequence length], the same on all ranks.
+            tokens_BS: token ids, the same on all ranks; any number of samples and, without context parallelism, of
+                positions (of which sequence parallelism takes a part per tensor-parallel rank).
             rows: samples whose logits are wanted, from the first.
             positions: positions whose logits are wanted, from the first.
 
@@ -179,7 +181,9 @@ class Engine:
         """
         if self._is_pipeline:
             batch = iter([self._positions((tokens_BS, tokens_BS))])
+            self._wrapped.reset_activation_shape()  # stages have agreed on that of training
             _, prepared = self._wrapped.eval_batch(batch, return_logits=True, num_micro_batches=1)
+            self._wrapped.reset_activation_shape()
             if prepared is None:
                 return None
             with torch.no_grad():
@@ -222,6 +226,8 @@ class Engine:
             part = parameter.ds_tensor
             mine = shard.flatten()[self.ranks.gradient_rank * part.numel() :][: part.numel()]
             part.data[: mine.numel()].copy_(mine)
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay whole between steps
+                parameter.data.copy_(shard)
         else:
             parameter.data.copy_(shard)
 

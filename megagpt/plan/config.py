@@ -270,6 +270,14 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 saves at the end only."""
     keep_last: Positive = 2
     """Number of newest checkpoints kept."""
+    keep_every: NonNegative = 0
+    """Also keep each checkpoint whose step is a multiple of this, for ever; 0: none."""
+    keep_best: NonNegative = 1
+    """Also keep so many checkpoints with the lowest validation loss, of those that were evaluated at the step at which
+    they were saved. A file named `pinned` in a checkpoint's folder keeps that one, too."""
+    asynchronous: bool = True
+    """Copy the state aside (in host memory: 12 bytes for each parameter whose optimizer state a rank holds) and write
+    it while training goes on; false: training waits until it is written."""
     allow_changes: Annotated[tuple[Literal["model", "dataset", "tokenizer", "seed"], ...], Strict(False)] = ()
     """What may differ from the run that wrote the checkpoint to resume from; everything else is refused. `model` allows
     what leaves all weights their shapes; `dataset` also covers data.split and training.seq_length."""

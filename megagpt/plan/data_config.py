@@ -68,6 +68,8 @@ class DataConfig(Section):
     `split` is not used."""
     test: Annotated[tuple[NamedPrefix, ...], Strict(False)] = ()
     """Datasets for the test at the end of the run, a list of sections."""
+    verify_checksums: bool = False
+    """Read all files at each start, and stop if one is not as its manifest says (bit rot, a file put in its place)."""
 
     @property
     def mixed(self) -> tuple[DatasetConfig, ...]:

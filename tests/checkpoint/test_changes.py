@@ -36,6 +36,7 @@ def save_or_resume(plan, hashes: dict[str, str], saves: bool = False) -> tuple[i
     with contextlib.redirect_stderr(io.StringIO()) as said:
         if saves:
             checkpoints.save(TrainState(step=1, samples=8), {})
+            checkpoints.wait()
             return 1, said.getvalue()
         state = checkpoints.restore_latest()
     return (None if state is None else state.step), said.getvalue()

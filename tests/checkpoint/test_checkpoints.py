@@ -45,8 +45,10 @@ def curve(plan, save_at: int | None = None, resumes: bool = False, until: int = 
         result = engine.train_step(rank_batches(plan, ranks.data_rank, state.step), plan.run.optimizer.lr)
         state = state.advance(plan.global_batch_size, result.skipped)
         values.append((float(result.loss), float(result.grad_norm), result.loss_scale))
+        checkpoints.poll()
         if state.step == save_at:
             checkpoints.save(state, {})
+    checkpoints.wait()
     return values
 
 
@@ -159,7 +161,8 @@ def test_damaged_checkpoints_are_skipped_loudly(tmp_path):
         return said
 
     said = damaged(weights.name, bytes(data))
-    assert "rank-00000.safetensors: SHA-256 differs" in said
+    assert "rank-00000.safetensors: " in said
+    assert "the content has changed" in said
     assert "the next older one is tried" in said
     assert "is kept as damaged-step-00000002" in said
     assert "1000 bytes" in damaged(weights.name, data[:1000])
@@ -185,7 +188,7 @@ def test_a_manifest_cannot_lead_elsewhere_nor_leave_a_gap(tmp_path):
         return CheckpointReader(folder)
 
     assert with_pieces(reversed(parameter.pieces)).full(name).shape == parameter.shape
-    with pytest.raises(CheckpointError, match="are here"):
+    with pytest.raises(CheckpointError, match=r"elements of weight/.* are here"):
         with_pieces(parameter.pieces[:1]).full(name)
     with pytest.raises(CheckpointError, match="after the 0 before"):
         with_pieces(parameter.pieces[1:]).full(name)
@@ -212,7 +215,7 @@ def test_a_checkpoint_of_an_older_step_is_not_pruned_by_damaged_newer_ones(tmp_p
         shutil.copytree(tmp_path / "step-00000001", tmp_path / f"step-{step:08d}")
         (tmp_path / f"step-{step:08d}" / "probe.safetensors").unlink()
     run_ranks(curve, 1, plan, save_at=2, resumes=True, until=2)
-    names = sorted(path.name.split("-1")[0] for path in tmp_path.iterdir())
+    names = sorted(path.name.split("-1")[0] for path in tmp_path.iterdir() if path.is_dir())
     assert names == ["damaged-step-00000004", "damaged-step-00000005", "step-00000001", "step-00000002"]
 
 
@@ -258,15 +261,13 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
     shutil.copytree(tmp_path / "step-00000001", tmp_path / "copy")
 
     def fail_on_rank_1() -> None:
-        from safetensors import SafetensorError
-
         import megagpt.checkpoint.checkpoints as module
 
-        def full_disk(tensors, path):
-            raise SafetensorError(f"No space left on device: {path}")
+        def full_disk(path, tensors):
+            raise OSError(28, "No space left on device", str(path))
 
         if os.environ["RANK"] == "1":
-            module.save_file = full_disk
+            module.write_tensors = full_disk
         curve(plan, save_at=2, until=2)
 
     with pytest.raises(RankFailedError, match=r"step-00000002: could not be saved \(rank 1: .*No space left"):
@@ -275,25 +276,3 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
     for path in (tmp_path / "copy").iterdir():
         assert path.read_bytes() == (tmp_path / "step-00000001" / path.name).read_bytes()
     assert run_ranks(curve, 2, plan, resumes=True)  # and the run goes on
-
-
-def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    def save_five() -> None:
-        plan = plan_in(tmp_path)
-        from megagpt.checkpoint import Checkpoints, TrainState
-        from megagpt.engine import build_engine
-        from megagpt.parallel.console import Console
-        from megagpt.parallel.launch import detect_launch
-        from megagpt.parallel.ranks import start_ranks
-
-        ranks = start_ranks(plan, detect_launch())
-        engine = build_engine(plan, ranks)
-        checkpoints = Checkpoints(plan, engine, ranks, Console(1))
-        state = TrainState()
-        for step in range(5):
-            engine.train_step(rank_batches(plan, 0, step), 1e-3)
-            state = state.advance(8)
-            checkpoints.save(state, {})
-
-    run_ranks(save_five, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]

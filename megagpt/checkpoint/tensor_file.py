@@ -1,0 +1,269 @@
+"""Safetensors files whose every tensor carries its hash, so that what is read is checked while it is read.
+
+Layout: header length (u64, little-endian), JSON header padded with spaces to a multiple of 8, then the tensors' bytes
+without gaps in the header's order. Each header entry is {"dtype", "shape", "data_offsets": [begin, end]}, and
+`__metadata__` maps `xxh3/NAME` to the XXH3-128 of the tensor's bytes. The manifest keeps the hash of the header, which
+thereby stands for the whole file.
+"""
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from megagpt.checkpoint.manifest import File
+from megagpt.errors import CheckpointError
+
+_CODES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
+_TYPES = {code: dtype for dtype, code in _CODES.items()}
+_HASH = "xxh3/"
+_NO_HASH = "0" * 32
+_MAX_HEADER_BYTES = 100_000_000
+"""As the safetensors library has it."""
+_CHUNK_BYTES = 1 << 20
+"""Read or written at once: still in the processor's cache when it is hashed."""
+_MIN_HUGE_BYTES = 1 << 22
+
+
+class DamagedError(CheckpointError):
+    """A file of a checkpoint is missing, cut off, changed or not the one that was saved."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    """Offset of its first byte in the file."""
+    bytes: int
+    xxh3: str
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> File:
+    """Write a file and have it on the disk; memory holds one tensor at a time if they come from a device.
+
+    Args:
+        path: the file; replaced if it exists.
+        tensors: float32, int64 or uint8, on any device.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **{_HASH + name: _NO_HASH for name in tensors}}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    start = len(_encoded(header))
+    path.unlink(missing_ok=True)  # whoever reads the old one keeps it
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        os.lseek(descriptor, start, os.SEEK_SET)
+        for name, tensor in tensors.items():
+            data = _bytes_of(tensor.detach().cpu().contiguous())
+            header["__metadata__"][_HASH + name] = _write_all(descriptor, data)
+        encoded = _encoded(header)  # as long as before: only the digits of the hashes have changed
+        assert len(encoded) == start
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        _write_all(descriptor, memoryview(encoded))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return File(bytes=start + end, header_xxh3=xxhash.xxh3_128_hexdigest(encoded))
+
+
+def file_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """About the size of the file that `write_tensors` would write, from above."""
+    return sum(tensor.numel() * tensor.element_size() + 256 + 2 * len(name) for name, tensor in tensors.items())
+
+
+class TensorFile:
+    """A file of `write_tensors`, open for reading.
+
+    Args:
+        path: the file.
+        expected: what the manifest says about it.
+
+    Raises:
+        DamagedError: it is missing, of another size, or its header is not the one that was saved.
+    """
+
+    def __init__(self, path: Path, expected: File):
+        self.path = path
+        self._verified: set[str] = set()
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DamagedError(f"{path}: {'missing' if error.errno == 2 else error.strerror}") from None
+        try:
+            self.entries = self._read_header(expected)
+            """The tensors by name, in the file's order."""
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def __del__(self) -> None:
+        if hasattr(self, "entries"):
+            os.close(self._descriptor)
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether every tensor has been read and its hash compared."""
+        return len(self._verified) == len(self.entries)
+
+    def _read_header(self, expected: File) -> dict[str, Entry]:
+        path, size = self.path, os.fstat(self._descriptor).st_size
+        if size != expected.bytes:
+            raise DamagedError(f"{path}: {size} bytes, {expected.bytes} expected: truncated or replaced")
+        start = os.pread(self._descriptor, 8, 0)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > min(size - 8, _MAX_HEADER_BYTES):
+            raise DamagedError(f"{path}: the header is longer than the file: damaged, or not ours")
+        text = os.pread(self._descriptor, length, 8)
+        if xxhash.xxh3_128_hexdigest(start + text) != expected.header_xxh3:
+            raise DamagedError(f"{path}: the hash of its header differs from the manifest's: changed or replaced")
+        return parse_header(path, text, 8 + length, size)
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        """One tensor, after its hash has been compared.
+
+        Args:
+            name: of the tensor.
+            out: memory to read into, 1-D uint8 on the CPU, at least as long as the tensor; default: new memory.
+
+        Returns:
+            The tensor; a view of `out` if that was given.
+
+        Raises:
+            DamagedError: there is no such tensor, it cannot be read or its content has changed.
+        """
+        if name not in self.entries:
+            raise DamagedError(f"{self.path}: {name} is missing; the file is not ours")
+        entry = self.entries[name]
+        data = (host_memory(entry.bytes) if out is None else out)[: entry.bytes]
+        view, done, digest = _bytes_of(data), 0, xxhash.xxh3_128()
+        try:
+            while done < entry.bytes:
+                count = os.preadv(self._descriptor, [view[done : done + _CHUNK_BYTES]], entry.begin + done)
+                if count == 0:
+                    raise DamagedError(f"{self.path}: ends within {name}: truncated")
+                digest.update(view[done : done + count])
+                done += count
+        except OSError as error:
+            raise DamagedError(f"{self.path}: {name}: not readable ({error.strerror})") from None
+        if digest.hexdigest() != entry.xxh3:
+            raise DamagedError(f"{self.path}: {name}: the hash differs from what was saved: the content has changed")
+        self._verified.add(name)
+        return data.view(entry.dtype).view(entry.shape) if entry.bytes else torch.empty(entry.shape, dtype=entry.dtype)
+
+    def verify_rest(self) -> None:
+        """Read and compare what has not been read yet.
+
+        Raises:
+            DamagedError: something has changed.
+        """
+        rest = [name for name in self.entries if name not in self._verified]
+        memory = host_memory(max((self.entries[name].bytes for name in rest), default=0))
+        for name in rest:
+            self.read(name, memory)
+
+
+def parse_header(path: Path, text: bytes, start: int, size: int) -> dict[str, Entry]:
+    """The tensors that a header tells of.
+
+    Args:
+        path: of the file, for messages.
+        text: the JSON.
+        start: offset of the first tensor's bytes.
+        size: of the file.
+
+    Raises:
+        DamagedError: it is no such header, or the tensors do not fill the file without gaps.
+    """
+
+    def problem(what: str) -> DamagedError:
+        return DamagedError(f"{path}: header: {what}; the file is not ours")
+
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        raise problem("not JSON") from None
+    hashes = tree.pop("__metadata__", None) if isinstance(tree, dict) else None
+    if not isinstance(hashes, dict):
+        raise problem("has no __metadata__")
+    entries, end = {}, 0
+    for name, entry in tree.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise problem(f"{name}: is not dtype, shape and data_offsets")
+        dtype = _TYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        shape, offsets = entry["shape"], entry["data_offsets"]
+        if dtype is None or not _are_sizes(shape) or not _is_span(offsets):
+            raise problem(f"{name}: dtype={entry['dtype']!r}, shape={shape!r}, data_offsets={offsets!r}")
+        if offsets != [end, end + prod(shape) * dtype.itemsize]:
+            raise problem(f"{name}: data_offsets={offsets} do not follow {end} by the size of {shape}")
+        xxh3 = hashes.get(_HASH + name)
+        if not isinstance(xxh3, str):
+            raise problem(f"{name}: has no hash")
+        entries[name] = Entry(dtype, tuple(shape), start + end, offsets[1] - end, xxh3)
+        end = offsets[1]
+    if start + end != size:
+        raise problem(f"its tensors end at byte {start + end} of {size}")
+    return entries
+
+
+def host_memory(count: int, pinned: bool = False) -> Tensor:
+    """`count` bytes of host memory as a uint8 vector; large ones in huge pages, where the first touch costs far less.
+
+    Args:
+        count: bytes.
+        pinned: locked, for fast copies from a GPU.
+    """
+    if pinned:
+        return torch.empty(count, dtype=torch.uint8, pin_memory=True)
+    if count < _MIN_HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(count, dtype=torch.uint8)
+    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _are_sizes(values: Any) -> bool:
+    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
+        return False
+    return len(values) <= 8 and prod(max(value, 1) for value in values) < 1 << 62
+
+
+def _is_span(values: Any) -> bool:
+    return isinstance(values, list) and len(values) == 2 and all(type(value) is int for value in values)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _encoded(header: dict[str, Any]) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_all(descriptor: int, data: memoryview) -> str:
+    """Write all of it; the XXH3-128 of what was written."""
+    digest = xxhash.xxh3_128()
+    for begin in range(0, len(data), _CHUNK_BYTES):
+        chunk = data[begin : begin + _CHUNK_BYTES]
+        digest.update(chunk)
+        while len(chunk):
+            chunk = chunk[os.write(descriptor, chunk) :]
+    return digest.hexdigest()

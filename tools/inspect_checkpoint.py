@@ -1,0 +1,55 @@
+"""List, verify and compare checkpoints, and show what they hold."""
+
+import argparse
+from pathlib import Path
+
+from megagpt.errors import run_command
+from megagpt.parallel.console import quiet_libraries
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Exit status: 0 if all is well, 1 if a checkpoint is damaged or two differ, 2 after other errors.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or the directory of a run's checkpoints")
+    parser.add_argument("--verify", action="store_true", help="read everything and compare the hashes")
+    parser.add_argument("--parameters", action="store_true", help="shape and norms of each parameter (of the newest)")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OTHER", help="compare with another checkpoint, tensor by tensor"
+    )
+    pinning = parser.add_mutually_exclusive_group()
+    pinning.add_argument("--pin", action="store_true", help="keep this checkpoint for ever")
+    pinning.add_argument("--unpin", action="store_true", help="leave it to the run's retention again")
+    args = parser.parse_args()
+
+    quiet_libraries(verbose=False)
+    from megagpt.checkpoint import CheckpointReader, find_checkpoint
+    from megagpt.checkpoint.inspection import comparison, details, parameter_table, summarise, summary_table
+    from megagpt.checkpoint.retention import PINNED
+
+    if args.compare is not None:
+        folders = find_checkpoint(args.checkpoint), find_checkpoint(args.compare)
+        print(f"{folders[0]} and {folders[1]}")
+        same, text = comparison(*map(CheckpointReader, folders))
+        print(text)
+        return 0 if same else 1
+    if args.pin:
+        (find_checkpoint(args.checkpoint) / PINNED).touch()
+    if args.unpin:
+        (find_checkpoint(args.checkpoint) / PINNED).unlink(missing_ok=True)
+    summaries = summarise(args.checkpoint, with_hash=args.verify)
+    print(summary_table(summaries))
+    damaged = [summary for summary in summaries if summary.problems]
+    if args.verify:
+        print(f"{len(summaries) - len(damaged)} of {len(summaries)} checkpoints are intact")
+    if len(summaries) == 1 and summaries[0].reader is not None:
+        print(f"\n{details(summaries[0].reader)}")
+    if args.parameters:
+        print(f"\n{parameter_table(CheckpointReader(find_checkpoint(args.checkpoint)))}")
+    return 1 if damaged else 0
+
+
+if __name__ == "__main__":
+    run_command(main)
