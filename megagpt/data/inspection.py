@@ -180,8 +180,22 @@ def decoded_sample(
     first = int(np.searchsorted(offsets, start, side="right")) - 1
     borders = offsets[(offsets > start) & (offsets < stop)]
     yield (f"sample {index:,}: tokens {start:,} to {stop - 1:,}, from document {first:,} on, {len(borders):,} borders")
+    if stream.change is not None:  # its own special tokens tell what was done
+        yield _cut(_with_special_tokens(stream.sample(index), tokenizer), characters)
+        return
     pieces = np.split(dataset.tokens(start, stop), borders - start)
     yield _cut(f" {BORDER} ".join(tokenizer.decode(piece) for piece in pieces), characters)
+
+
+def _with_special_tokens(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
+    """The text of tokens, with special tokens spelt out."""
+    texts = {token: text for text, token in tokenizer.special_tokens.items()}
+    places = np.flatnonzero(np.isin(tokens, list(texts)))
+    shown = []
+    for piece in np.split(tokens, np.unique(np.concatenate([places, places + 1]))):
+        special = len(piece) == 1 and int(piece[0]) in texts
+        shown.append(texts[int(piece[0])] if special else tokenizer.decode(piece))
+    return "".join(shown)
 
 
 def _cut(text: str, characters: int) -> str:

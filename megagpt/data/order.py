@@ -121,3 +121,10 @@ def sample_position(global_index: int, samples_per_epoch: int, seed: int) -> tup
         raise ValueError(f"global_index={global_index} must be >= 0 and samples_per_epoch={samples_per_epoch} >= 1")
     epoch, index = divmod(global_index, samples_per_epoch)
     return epoch, keyed_permutation(index, samples_per_epoch, _epoch_key(seed, epoch))
+
+
+def uniform_numbers(seed: int, index: int, count: int) -> np.ndarray:
+    """Random numbers in [0, 1) that belong to `index`: float64 [count], functions of seed, index and place."""
+    key = _mix((_mix((seed + _GOLDEN) & _MASK_64) + index * _GOLDEN) & _MASK_64)
+    places = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key)
+    return (_mix_array(places) >> np.uint64(11)).astype(np.float64) / (1 << 53)

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+from megagpt.data.fill_in_middle import make_middle_filler
 from megagpt.data.indexed import IndexedDataset, bin_path
 from megagpt.data.manifest import Manifest, read_manifest, verify_files
 from megagpt.data.mixture import MixedStream, Mixture, Samples, make_mixture
@@ -119,6 +120,10 @@ class _Opened:
     def __init__(self, config: DataConfig, vocab_size: int, seq_length: int, seed: int):
         self._config, self._vocab_size, self._seq_length, self._seed = config, vocab_size, seq_length, seed
         self._tokenizer = None if config.tokenizer is None else Tokenizer.load(config.tokenizer)
+        self._change = None
+        if config.fill_in_middle is not None:
+            assert self._tokenizer is not None, "a rule of the config"
+            self._change = make_middle_filler(config.fill_in_middle, self._tokenizer, seed)
         self._datasets: dict[str, tuple[IndexedDataset, Manifest | None]] = {}
 
     def stream(
@@ -132,7 +137,13 @@ class _Opened:
         if not trains and stop - start <= self._seq_length:
             return None
         return SampleStream(
-            dataset, (start, stop), self._seq_length, self._seed, shuffle=trains, vocab_size=self._vocab_size
+            dataset,
+            (start, stop),
+            self._seq_length,
+            self._seed,
+            shuffle=trains,
+            vocab_size=self._vocab_size,
+            change=self._change if trains else None,
         )
 
     def require_separate_splits(self) -> None:

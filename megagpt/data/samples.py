@@ -1,5 +1,6 @@
 """Samples: windows of seq_length + 1 tokens cut from the flat token stream, in an order given by the seed."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol
 
@@ -65,6 +66,7 @@ class SampleStream:
 
     Attributes:
         dataset: what the tokens are read from.
+        change: what is done to the tokens of a sample; None: nothing.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class SampleStream:
         seed: int,
         shuffle: bool = True,
         vocab_size: int | None = None,
+        change: Callable[[np.ndarray, int], np.ndarray] | None = None,
     ):
         """Describe the stream; nothing is read yet.
 
@@ -85,6 +88,7 @@ class SampleStream:
             seed: gives the order of each epoch.
             shuffle: False visits the windows from first to last.
             vocab_size: if given, samples with a token outside it are refused (a GPU would abort without a word).
+            change: what is done to the tokens of a sample, given the samples seen before it; keeps their number.
 
         Raises:
             DataError: the range is too short for one sample.
@@ -95,6 +99,7 @@ class SampleStream:
         self._seed = seed
         self._shuffle = shuffle
         self._vocab_size = vocab_size
+        self.change = change
         self._num_samples = max(0, stop - self._start - 1) // seq_length
         if self._num_samples == 0:
             raise DataError(
@@ -133,4 +138,4 @@ class SampleStream:
                 f"{self.dataset.prefix}: token number {start + row} is {tokens[row]}, outside"
                 f" model.vocab_size={self._vocab_size}; set model.vocab_size to the tokenizer's or rebuild the dataset"
             )
-        return tokens
+        return tokens if self.change is None else self.change(tokens, global_index)

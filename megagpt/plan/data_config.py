@@ -44,6 +44,21 @@ class MixtureStage(Section):
     """New weight of each dataset, by name; those left out are not read any more."""
 
 
+class FillInMiddle(Section):
+    """Training on documents that are cut in three and put in another order."""
+
+    rate: Annotated[float, Field(gt=0, le=1)]
+    """Share of the documents that are rearranged."""
+    spm_rate: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of these that begin with the suffix, the others with the prefix."""
+    prefix_token: str = "<|fim_prefix|>"
+    """Special token of the tokenizer that begins the prefix."""
+    middle_token: str = "<|fim_middle|>"
+    """Special token that begins the middle."""
+    suffix_token: str = "<|fim_suffix|>"
+    """Special token that begins the suffix."""
+
+
 class DataConfig(Section):
     """Where the tokens come from."""
 
@@ -68,6 +83,8 @@ class DataConfig(Section):
     `split` is not used."""
     test: Annotated[tuple[NamedPrefix, ...], Strict(False)] = ()
     """Datasets for the test at the end of the run, a list of sections."""
+    fill_in_middle: FillInMiddle | None = None
+    """Fill-in-the-middle (arXiv 2207.14255) on training samples, a section of its own; null: none."""
     verify_checksums: bool = False
     """Read all files at each start, and stop if one is not as its manifest says (bit rot, a file put in its place)."""
 

@@ -13,7 +13,13 @@ SMALLEST_SHARE = 1e-6
 def check_data(run: RunConfig) -> list[str]:
     """Which datasets there are, how they are mixed and what is held out."""
     data = run.data
-    return [*_check_split(data), *_check_names(data), *_check_amounts(data), *_check_stages(run)]
+    return [
+        *_check_split(data),
+        *_check_names(data),
+        *_check_amounts(data),
+        *_check_stages(run),
+        *_check_fill_in_middle(data),
+    ]
 
 
 def _check_split(data: DataConfig) -> list[str]:
@@ -55,6 +61,21 @@ def _check_names(data: DataConfig) -> list[str]:
                     f"data.{key}: prefix={entry.prefix} is used twice, but no document may be in two splits; give "
                     "another dataset, or use data.split"
                 )
+    return problems
+
+
+def _check_fill_in_middle(data: DataConfig) -> list[str]:
+    if data.fill_in_middle is None:
+        return []
+    tokens = [getattr(data.fill_in_middle, f"{role}_token") for role in ("prefix", "middle", "suffix")]
+    problems = []
+    if data.tokenizer is None:
+        problems.append("data.fill_in_middle needs the ids of its special tokens; set data.tokenizer")
+    if len(set(tokens)) < 3:
+        problems.append(
+            f"data.fill_in_middle: prefix_token, middle_token and suffix_token are {', '.join(tokens)}; name three "
+            "different ones"
+        )
     return problems
 
 
