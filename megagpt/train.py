@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -199,13 +199,17 @@ def train(
     pulse.enter(Phase.RESTORE)
     restored = checkpoints.restore_latest()
     state = restored or TrainState()
-    batches = _batches_from(state.samples, plan, ranks, data)
     votes = Consensus(ranks, width=2)
     stopping = Stopping(stop, _deadline(plan, ranks), votes)
-    with contextlib.closing(checkpoints), contextlib.closing(Meter(plan, console, first_step=state.step)) as meter:
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(Meter(plan, console, first_step=state.step)) as meter,
+        contextlib.ExitStack() as readers,
+    ):
         checkpoints.on_saved = lambda saved: _tell(saved, meter, stopping)
         careful = CarefulSteps(plan, engine, ranks, meter.say)
         returning = Returning(plan, checkpoints, careful, meter.say)
+        batches = readers.enter_context(_batches_from(state.samples, plan, ranks, data))
         evaluate_split = _evaluator(plan, ranks, engine, data, meter)
         if restored is None and run.training.eval_interval:
             evaluate_split("validation", state.step)
@@ -230,7 +234,8 @@ def train(
                 checkpoints.wait()
                 state = returning.go_back(state.step, state.samples)
                 meter.go_back(state.step)
-                batches = _batches_from(state.samples, plan, ranks, data)
+                readers.close()
+                batches = readers.enter_context(_batches_from(state.samples, plan, ranks, data))
                 continue
             if evaluates:
                 evaluate_split("validation", state.step)
@@ -248,21 +253,23 @@ def train(
     return state
 
 
-def _batches_from(first_sample: int, plan: Plan, ranks: "Ranks", data: "RunData") -> "Rewindable[MicroBatch]":
+@contextlib.contextmanager
+def _batches_from(first_sample: int, plan: Plan, ranks: "Ranks", data: "RunData") -> "Iterator[Rewindable[MicroBatch]]":
     """This data-parallel rank's micro-batches from a sample of the run on."""
     from megagpt.data.loader import train_batches
+    from megagpt.data.prefetch import Prefetched
     from megagpt.supervise.careful import Rewindable
 
-    return Rewindable(
-        train_batches(
-            data.train,
-            first_sample=first_sample,
-            global_batch_size=plan.global_batch_size,
-            microbatch_size=plan.microbatch_size,
-            data_parallel_rank=ranks.data_rank,
-            data_parallel_size=ranks.data_size,
-        )
+    in_order = train_batches(
+        data.train,
+        first_sample=first_sample,
+        global_batch_size=plan.global_batch_size,
+        microbatch_size=plan.microbatch_size,
+        data_parallel_rank=ranks.data_rank,
+        data_parallel_size=ranks.data_size,
     )
+    with Prefetched(in_order, plan.run.data.prefetch, ranks.device) as batches:
+        yield Rewindable(batches)
 
 
 def _deadline(plan: Plan, ranks: "Ranks") -> Deadline:

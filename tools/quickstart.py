@@ -137,7 +137,7 @@ def baselines(prefix: Path, config_path: Path, overrides: list[str], global_batc
 
     run = load_run_config(config_path, overrides)
     dataset = IndexedDataset(str(prefix))
-    ranges = split_ranges(dataset.document_offsets, run.data.split)
+    ranges = split_ranges(dataset.num_documents, dataset.document_start, run.data.split)
     length = run.training.seq_length
     (validation,) = open_data(run.data, run.model.vocab_size, length, run.training.seed).validation
     samples = num_eval_batches(validation.stream, run.training.eval_batches, global_batch_size) * global_batch_size

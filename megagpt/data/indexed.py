@@ -242,8 +242,13 @@ class IndexedDataset:
         num_tokens: tokens of all documents.
     """
 
-    def __init__(self, prefix: str | Path):
+    def __init__(self, prefix: str | Path, check_rows: bool = True):
         """Open and check PREFIX.bin and PREFIX.idx.
+
+        Args:
+            check_rows: check each row of the index, which takes time that grows with the number of documents. False is
+                for datasets whose manifest tells that the index was once whole: header, sizes and ends are checked
+                here, and each row when it is used.
 
         Raises:
             DataError: a file is missing, truncated or damaged, or the two do not belong together.
@@ -257,11 +262,16 @@ class IndexedDataset:
                     " and tools/preprocess_data.py writes both files"
                 )
         self._read_index()
-        self._check_index()
+        self._check_ends()
+        if check_rows:
+            self._check_index()
         self.num_tokens = self._check_bin_size()
         # An empty file cannot be mapped.
         self._tokens = (
-            np.memmap(self._bin, dtype=self.dtype, mode="r") if self.num_tokens else np.empty(0, dtype=self.dtype)
+            # a plain view: slices of a memmap cost more than the samples read through them
+            np.memmap(self._bin, dtype=self.dtype, mode="r").view(np.ndarray)
+            if self.num_tokens
+            else np.empty(0, dtype=self.dtype)
         )
 
     @property
@@ -269,6 +279,27 @@ class IndexedDataset:
         """First token of each document in the flat stream and the end: int64 [num_documents + 1], computed anew."""
         starts = np.append(self._pointers, self.num_tokens * self.dtype.itemsize)
         return starts[self._documents] // self.dtype.itemsize
+
+    def document_start(self, index: int) -> int:
+        """First token of document `index` in the flat stream; num_tokens for index num_documents.
+
+        Raises:
+            IndexError: there is no such document.
+            DataError: its rows of the index do not fit their neighbours.
+        """
+        if not 0 <= index <= self.num_documents:
+            raise IndexError(f"document {index} is outside 0 to {self.num_documents} of {self.prefix}")
+        row = int(self._documents[index])
+        before = int(self._documents[index - 1]) if index else 0
+        if not before <= row <= len(self._lengths):
+            raise DataError(f"{self._idx}: document {index - 1} ends before it starts, or behind the end; {_FIX}")
+        expected = int(self._pointers[row - 1]) + int(self._lengths[row - 1]) * self.dtype.itemsize if row else 0
+        found = int(self._pointers[row]) if row < len(self._pointers) else self._bytes
+        if found != expected or not 0 <= found <= self._bytes:
+            raise DataError(
+                f"{self._idx}: sequence {row} starts at byte {found}, expected {expected} from the one before; {_FIX}"
+            )
+        return found // self.dtype.itemsize
 
     def document(self, index: int) -> np.ndarray:
         """Tokens of one document, in the type on disk, [tokens of the document]; a read-only view.
@@ -278,9 +309,10 @@ class IndexedDataset:
         """
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} is outside 0 to {self.num_documents - 1} of {self.prefix}")
-        first, behind = int(self._documents[index]), int(self._documents[index + 1])
-        start = int(self._pointers[first]) // self.dtype.itemsize if first < len(self._pointers) else self.num_tokens
-        return self.tokens(start, start + int(self._lengths[first:behind].sum(dtype=np.int64)))
+        start, stop = self.document_start(index), self.document_start(index + 1)
+        if stop < start:
+            raise DataError(f"{self._idx}: document {index} ends before it starts; {_FIX}")
+        return self.tokens(start, stop)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop - 1 of the flat stream, in the type on disk, [stop - start]; a read-only view.
@@ -322,6 +354,17 @@ class IndexedDataset:
         self._pointers = content[at_pointers:at_documents].view("<i8")
         self._documents = content[at_documents : at_documents + 8 * documents].view("<i8")
 
+    def _check_ends(self) -> None:
+        first, last = int(self._documents[0]), int(self._documents[-1])
+        if (first, last) != (0, len(self._lengths)):
+            raise DataError(
+                f"{self._idx}: the document indices run from {first} to {last}, expected 0 to the"
+                f" {len(self._lengths)} sequences; {_FIX}"
+            )
+        self._bytes = 0
+        if len(self._lengths):
+            self._bytes = int(self._pointers[-1]) + int(self._lengths[-1]) * self.dtype.itemsize
+
     def _check_index(self) -> None:
         start = 0
         for at in range(0, len(self._lengths), _ROWS_PER_CHUNK):
@@ -339,13 +382,6 @@ class IndexedDataset:
                     f" from the lengths before it; {_FIX}"
                 )
             start = int(ends[-1])
-        self._bytes = start
-        first, last = int(self._documents[0]), int(self._documents[-1])
-        if (first, last) != (0, len(self._lengths)):
-            raise DataError(
-                f"{self._idx}: the document indices run from {first} to {last}, expected 0 to the"
-                f" {len(self._lengths)} sequences; {_FIX}"
-            )
         for at in range(0, self.num_documents, _ROWS_PER_CHUNK):
             steps = np.diff(self._documents[at : at + _ROWS_PER_CHUNK + 1])
             if steps.min() < 0:

@@ -132,7 +132,7 @@ class _Opened:
         """One split of a dataset: shuffled for training, else in file order; None if it is too short for a sample and
         not for training."""
         dataset, _ = self._open(prefix)
-        start, stop = split_ranges(dataset.document_offsets, shares)[split]
+        start, stop = split_ranges(dataset.num_documents, dataset.document_start, shares)[split]
         trains = split == "train" and shuffle
         if not trains and stop - start <= self._seq_length:
             return None
@@ -168,7 +168,8 @@ class _Opened:
 
     def _open(self, prefix: str) -> tuple[IndexedDataset, Manifest | None]:
         if prefix not in self._datasets:
-            dataset, manifest = IndexedDataset(prefix), read_manifest(prefix)
+            manifest = read_manifest(prefix)
+            dataset = IndexedDataset(prefix, check_rows=manifest is None)
             if manifest is not None:
                 _check_manifest(prefix, manifest, dataset, self._vocab_size)
             if self._tokenizer is not None:

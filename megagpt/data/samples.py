@@ -22,13 +22,16 @@ class TokenSource(Protocol):
         ...
 
 
-def split_ranges(document_offsets: np.ndarray, split: tuple[float, float, float]) -> dict[str, tuple[int, int]]:
+def split_ranges(
+    num_documents: int, document_start: Callable[[int], int], split: tuple[float, float, float]
+) -> dict[str, tuple[int, int]]:
     """Cut the stream between documents into contiguous ranges for train, validation and test.
 
     Every document is in exactly one range. Shares are shares of the number of documents.
 
     Args:
-        document_offsets: first token of each document and the end, int64 [documents + 1].
+        num_documents: documents of the dataset.
+        document_start: gives the first token of a document, and the end of the text for `num_documents`.
         split: shares of train, validation and test; they need not add up to 100.
 
     Returns:
@@ -42,10 +45,9 @@ def split_ranges(document_offsets: np.ndarray, split: tuple[float, float, float]
         raise ConfigError(
             f"data.split={tuple(split)} must be three shares >= 0 with a sum above 0; use e.g. [90, 5, 5]"
         )
-    num_documents = len(document_offsets) - 1
     cuts = [0, *(round(float(share) / sum(split) * num_documents) for share in np.cumsum(split))]
     ranges = {
-        name: (int(document_offsets[first]), int(document_offsets[behind]))
+        name: (document_start(first), document_start(behind))
         for name, (first, behind) in zip(SPLITS, pairwise(cuts), strict=True)
     }
     if ranges["train"][0] == ranges["train"][1]:
@@ -132,7 +134,8 @@ class SampleStream:
         """
         start, stop = self.token_range(global_index)
         tokens = self.dataset.tokens(start, stop).astype(np.int64)
-        if self._vocab_size is not None and not (tokens.min() >= 0 and tokens.max() < self._vocab_size):
+        # as unsigned numbers, those below zero are beyond any vocabulary: one pass finds both
+        if self._vocab_size is not None and int(tokens.view(np.uint64).max()) >= self._vocab_size:
             row = int(np.flatnonzero((tokens < 0) | (tokens >= self._vocab_size))[0])
             raise DataError(
                 f"{self.dataset.prefix}: token number {start + row} is {tokens[row]}, outside"

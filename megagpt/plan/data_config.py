@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, Strict
 
-from megagpt.plan.section import Positive, Section
+from megagpt.plan.section import NonNegative, Positive, Section
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -83,6 +83,8 @@ class DataConfig(Section):
     `split` is not used."""
     test: Annotated[tuple[NamedPrefix, ...], Strict(False)] = ()
     """Datasets for the test at the end of the run, a list of sections."""
+    prefetch: NonNegative = 4
+    """Micro-batches that a thread of each rank reads ahead; 0 reads each when it is needed."""
     fill_in_middle: FillInMiddle | None = None
     """Fill-in-the-middle (arXiv 2207.14255) on training samples, a section of its own; null: none."""
     verify_checksums: bool = False

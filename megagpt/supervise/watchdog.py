@@ -28,6 +28,8 @@ EXIT_CODE = 75
 """EX_TEMPFAIL: started again, the job may well succeed."""
 PATIENCE_WITH_SLOW_PHASES = 6.0
 LOOK_SECONDS = 1.0
+_WAITING_FILES = ("queue.py", "threading.py")
+"""A wait for a thread is told as the wait of who has called them."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,8 @@ class Watchdog:
             lines += traceback.format_stack(frames[number])
         self.folder.stack_path(self.place.rank).write_text("".join(lines))
         if self._main in frames:
-            innermost = traceback.extract_stack(frames[self._main])[-1]
+            calls = traceback.extract_stack(frames[self._main])
+            innermost = next(call for call in reversed(calls) if Path(call.filename).name not in _WAITING_FILES)
             self._where = f"{Path(innermost.filename).name}:{innermost.lineno} in {innermost.name}"
         self._beat()
 

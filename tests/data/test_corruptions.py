@@ -110,13 +110,16 @@ ON_OPENING = {
     "unknown token type": lambda f: patch(f / "d.idx", TYPE_AT, b"\x17"),
     "number of sequences off by one": lambda f: patch(f / "d.idx", COUNT_AT, struct.pack("<Q", NUM_DOCUMENTS - 1)),
     "number of documents off by one": lambda f: patch(f / "d.idx", DOCUMENTS_AT, struct.pack("<Q", NUM_DOCUMENTS)),
-    "lengths changed": lambda f: change_lengths(f / "d.idx", 4, 5),
-    "a length below zero": lambda f: patch(f / "d.idx", length_at(3), struct.pack("<i", -4)),
-    "pointers off by one token": lambda f: patch(f / "d.idx", pointer_at(9), struct.pack("<q", 1)),
-    "document indices out of order": lambda f: patch(f / "d.idx", document_at(5), struct.pack("<q", 50)),
     "manifest of another dataset": lambda f: damage_manifest(f, "num_tokens", 5),
     "manifest cut": lambda f: cut(f / "d.json", 100),
 }  # fmt: skip
+IN_ROWS = {
+    "lengths changed": lambda f: change_lengths(f / "d.idx", 4, 5),
+    "a length below zero": lambda f: patch(f / "d.idx", length_at(3), struct.pack("<i", -4)),
+    "pointers off by one token": lambda f: patch(f / "d.idx", pointer_at(9), struct.pack("<q", 1)),
+    "a pointer beyond the end": lambda f: patch(f / "d.idx", pointer_at(9), struct.pack("<q", 1 << 40)),
+    "document indices out of order": lambda f: patch(f / "d.idx", document_at(5), struct.pack("<q", 50)),
+}
 BY_CHECKSUM = {
     "bit rot in the tokens": lambda f: patch(f / "d.bin", 100, bytes([(f / "d.bin").read_bytes()[100] ^ 1])),
     "a border shifted without a trace": lambda f: shift_border(f / "d.idx"),
@@ -138,7 +141,7 @@ def config(folder, **more):
 
 
 def test_what_is_intact_passes(folder):
-    assert len(ON_OPENING) + len(BY_CHECKSUM) >= 24
+    assert len(ON_OPENING) + len(IN_ROWS) + len(BY_CHECKSUM) >= 24
     open_data(config(folder), VOCABULARY, 16, seed=1)
     assert damaged_datasets(config(folder, verify_checksums=True)) == []
     assert inspect_dataset(folder / "d", verify=True).checks[2:] == (
@@ -153,6 +156,31 @@ def test_found_on_opening(folder, corruption):
     for open_it in (lambda: open_data(config(folder), VOCABULARY, 16, seed=1), lambda: inspect_dataset(folder / "d")):
         with pytest.raises(DataError, match=r"d\.(idx|bin|json)"):
             open_it()
+
+
+@pytest.mark.parametrize("corruption", IN_ROWS)
+def test_rows_that_contradict_each_other(folder, corruption):
+    intact = open_data(config(folder), VOCABULARY, 16, seed=1).train
+    IN_ROWS[corruption](folder)
+    with pytest.raises(DataError, match=r"d\.idx: "):
+        inspect_dataset(folder / "d")
+    # A run does not read them, so its tokens are right; only the rows at which splits are cut are looked at.
+    train = open_data(config(folder), VOCABULARY, 16, seed=1).train
+    assert len(train) == len(intact)
+    assert all((train.sample(i) == intact.sample(i)).all() for i in range(len(train)))
+    for document in range(1, NUM_DOCUMENTS - 1):
+        split = (float(document), float(NUM_DOCUMENTS - document), 0.0)
+        cut = DataConfig(prefix=str(folder / "d"), split=split)
+        try:
+            found = open_data(cut, VOCABULARY, 1, seed=1)
+        except DataError as error:
+            assert "d.idx: " in str(error)  # noqa: PT017
+            continue
+        lengths = [len(stream) for stream in (found.train, *(part.stream for part in found.validation))]
+        assert sum(lengths) == IndexedDataset(folder / "d", check_rows=False).num_tokens - 2, "cut at a right place"
+    manifest_path(folder / "d").unlink()
+    with pytest.raises(DataError, match=r"d\.idx: "):  # without a manifest all rows are checked
+        open_data(config(folder), VOCABULARY, 16, seed=1)
 
 
 @pytest.mark.parametrize("corruption", BY_CHECKSUM)

@@ -85,7 +85,7 @@ def test_a_stuck_rank_is_found_through_who_waits_for_it(dataset, tmp_path) -> No
     report, _ = report_of(plan_in(tmp_path, dataset), "slow", 40)
     assert report.startswith("no rank has made progress for ")
     assert "whose rank 1 on " in report
-    assert "has stopped in the data loader at test_watchdog.py:" in report
+    assert "has stopped in the data loader at prefetch.py:" in report
     (folder,) = (tmp_path / "logs" / "watchdog").iterdir()
     stacks = {path.name: path.read_text() for path in folder.glob("stack-*.txt")}
     assert sorted(stacks) == [f"stack-{rank:05d}.txt" for rank in range(4)]

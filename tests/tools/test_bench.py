@@ -16,3 +16,11 @@ def test_every_side_is_measured():
     assert set(speeds) == {"megagpt", "torch", "trainer", "torch-pure"}
     assert all(int(speed.replace(",", "")) > 0 for speed in speeds.values())
     assert re.search(r"missed: smoke, bf16|all goals met", result.stdout)
+
+
+def test_samples_are_read_from_one_dataset_and_from_many():
+    command = "tools/bench/samples.py --documents 20000 --sides megagpt"
+    result = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode in (0, 1), result.stderr
+    cases = re.findall(r"│ (\d+ \w+) +│ megagpt │ +([\d.]+) │ +│ +0 │ +\d+ │ +([\d.]+) │", result.stdout)
+    assert [case for case, *_ in cases] == ["1 epoch", "10 epochs", "20 datasets"]
