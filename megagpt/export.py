@@ -1,28 +1,29 @@
-"""From a checkpoint of any layout to a Hugging Face folder, proven by its logits."""
+"""From a checkpoint of any layout to a Hugging Face folder, proven by its logits; one layer in memory at a time."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
+from megagpt.checkpoint import CheckpointReader
+from megagpt.checkpoint.manifest import MANIFEST_HASH
+from megagpt.convert.certificate import Certificate
+from megagpt.convert.layerwise import LayerwiseTransformer
 from megagpt.convert.safetensors_stream import TORCH_DTYPES
-from megagpt.convert.tables import Dtype
-from megagpt.convert.verify import RELATIVE_TOLERANCE, LogitsReport, compare_logits
+from megagpt.convert.tables import FAMILIES, Dtype, Family
+from megagpt.convert.verify import RELATIVE_TOLERANCE, quiet_transformers, report_logits
 from megagpt.convert.writer import Export, write_hf_folder
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import ConversionError
-from megagpt.generate import load_model, model_logits, tokenizer_path
+from megagpt.generate import open_checkpoint, single_process_plan, tokenizer_path
+from megagpt.layerwise import LayerwiseGPT
+from megagpt.parallel.ranks import start_single_process
 
-
-@dataclass(frozen=True)
-class CheckedExport:
-    """An export and what its logits say."""
-
-    export: Export
-    against_model: LogitsReport
-    """Against the same weights in megagpt's own model, both computing in fp32."""
-    against_training: LogitsReport
-    """Against the logits that the training ranks computed, in the run's precision, when they saved the checkpoint."""
+AGAINST_MODEL = "the checkpoint's model"
+"""The same weights in megagpt's own model, both computing in fp32."""
+AGAINST_TRAINING = "the training ranks"
+"""The logits that the training ranks computed, in the run's precision, when they saved the checkpoint."""
+PROBE_POSITIONS = 32
+"""Positions of the probe that are compared; a checkpoint may keep logits of more."""
 
 
 def export_checkpoint(
@@ -31,7 +32,10 @@ def export_checkpoint(
     dtype: Dtype = "float32",
     tokenizer: str | None = None,
     overwrite: bool = False,
-) -> CheckedExport:
+    family: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    workers: int = 1,
+) -> Export:
     """Write a checkpoint's model as a Hugging Face folder and compare its logits with the trained model's.
 
     Args:
@@ -40,46 +44,121 @@ def export_checkpoint(
         dtype: type of the stored weights; float32 keeps the master weights exactly.
         tokenizer: tokenizer file; default: the one that the run was trained with.
         overwrite: replace an earlier export.
+        family: name of the family to export to; default: the first that expresses the model.
+        max_shard_bytes: largest weight file.
+        workers: processes that write weight files side by side; the bytes do not depend on it.
+
+    Returns:
+        The export; its certificate compares with AGAINST_MODEL and AGAINST_TRAINING.
 
     Raises:
         CheckpointError: there is no intact checkpoint.
         ConversionError: the model has no counterpart, the target exists, the tokenizer is not that of the run, or the
-            logits differ (the folder is kept).
+            logits differ (the folder is kept as `output` with `.failed` appended; the message says where the first
+            difference is).
         DataError: the tokenizer is missing or damaged.
     """
-    model, reader = load_model(checkpoint)
+    reader = open_checkpoint(checkpoint)
     run, manifest = reader.run, reader.manifest
-    precision = "bf16" if manifest.deepspeed.get("bf16", {}).get("enabled") else "fp32"
     facts = {
         "step": manifest.step,
         "tokens": manifest.samples * (run.training.seq_length or 0),
-        "trained in": precision,
+        "trained in": manifest.precision,
         **{name: f"{value:.4f}" for name, value in manifest.metrics.items()},
         **manifest.versions,
     }
     chosen = tokenizer_path(reader, tokenizer)
     if tokenizer is not None and run.data.tokenizer is not None:
         _require_size(Tokenizer.load(tokenizer), run.model.vocab_size)
-    export = write_hf_folder(
-        output, run.model, reader.full, reader.names, chosen, dtype, card=facts, overwrite=overwrite
+    return write_hf_folder(
+        output,
+        run.model,
+        reader.full,
+        reader.names,
+        chosen,
+        dtype,
+        max_shard_bytes,
+        card=facts,
+        overwrite=overwrite,
+        read_rows=reader.vocabulary_rows,
+        certify=lambda folder: certify(folder, reader, dtype),
+        family=None if family is None else _family(family, reader),
+        workers=workers,
     )
-    with torch.no_grad():
-        for parameter in model.parameters():  # compare what was stored, not what rounding made of it
-            parameter.copy_(parameter.to(TORCH_DTYPES[dtype]))
+
+
+def certify(folder: Path, reader: CheckpointReader, dtype: Dtype) -> Certificate:
+    """Compare what transformers computes from a folder with the checkpoint that it was made from.
+
+    Args:
+        folder: a Hugging Face folder.
+        reader: the checkpoint.
+        dtype: type that the folder's weights were rounded to.
+
+    Raises:
+        ConversionError: transformers is missing or cannot load the folder.
+    """
     tokens_BS, trained_BPV = reader.probe()
-    against_model = compare_logits(export.folder, tokens_BS, model_logits(model, tokens_BS, run.model.vocab_size))
-    coarser = dtype if dtype != "float32" else ("bfloat16" if precision == "bf16" else "float32")
-    against_training = compare_logits(
-        export.folder,
-        tokens_BS[:, : trained_BPV.shape[1]],
-        trained_BPV,
-        tolerance=RELATIVE_TOLERANCE[coarser] * max(1.0, float(trained_BPV.abs().max())),
-    )
-    checked = CheckedExport(export, against_model, against_training)
-    for what, report in (("the checkpoint's model", against_model), ("the training ranks", against_training)):
-        if not report.passed:
-            raise ConversionError(f"{export.folder}: its logits differ from those of {what}: {report}; do not use it")
-    return checked
+    positions = min(trained_BPV.shape[1], PROBE_POSITIONS)
+    tokens_BS, trained_BPV = tokens_BS[:, :positions], trained_BPV[:, :positions]
+    ranks = start_single_process()
+    # Compare what was stored, not what rounding made of it.
+    ours = LayerwiseGPT(single_process_plan(reader), reader, TORCH_DTYPES[dtype], ranks.device)
+    coarser = RELATIVE_TOLERANCE[dtype] if dtype != "float32" else 0.0
+    tolerance = max(reader.manifest.probe_tolerance, coarser) * max(1.0, float(trained_BPV.abs().max()))
+    with quiet_transformers():
+        theirs = LayerwiseTransformer(folder)
+        logits_BPV = theirs.logits(tokens_BS)
+        comparisons = {
+            AGAINST_MODEL: report_logits(logits_BPV, ours.logits(tokens_BS)),
+            AGAINST_TRAINING: report_logits(logits_BPV, trained_BPV, tolerance),
+        }
+        passed = all(report.passed for report in comparisons.values())
+        first = None if passed else first_difference(ours, theirs, tokens_BS)
+    source = {
+        "step": reader.manifest.step,
+        "samples": reader.manifest.samples,
+        "precision": reader.manifest.precision,
+        "weights_stored_as": dtype,
+        "manifest_sha256": (reader.folder / MANIFEST_HASH).read_text().strip(),
+        "run": reader.manifest.run,
+    }
+    return Certificate(comparisons, source, first)
+
+
+def first_difference(ours: LayerwiseGPT, theirs: LayerwiseTransformer, tokens_BS: Tensor) -> str:
+    """The first part that computes something else from the same input: each layer is given what theirs was given."""
+    found: list[str] = []
+    last: Tensor | None = None
+
+    def compare(what: str, here: Tensor, there: Tensor) -> None:
+        tolerance = RELATIVE_TOLERANCE["float32"] * max(1.0, float(there.abs().max()))
+        if not found and not float((here - there).abs().max()) <= tolerance:
+            found.append(what)
+
+    def observe(index: int, given_BSH: Tensor, made_BSH: Tensor) -> None:
+        nonlocal last
+        if found:
+            return
+        if index == 0:
+            compare("the embedding", ours.embed(tokens_BS).transpose(0, 1).cpu(), given_BSH)
+        made = ours.layer(index, given_BSH.transpose(0, 1).contiguous().to(ours.device))
+        compare(f"layer {index} (counted from 0)", made.transpose(0, 1).cpu(), made_BSH)
+        last = made_BSH
+
+    logits_BSV = theirs.logits(tokens_BS, observe)
+    if not found and last is not None:
+        compare("the final norm or head", ours.head(last.transpose(0, 1).contiguous().to(ours.device)), logits_BSV)
+    return found[0] if found else "no layer: the checkpoint's weights are not those that its probe was computed with"
+
+
+def _family(name: str, reader: CheckpointReader) -> Family:
+    known = {family.name: family for family in FAMILIES}
+    if name not in known:
+        raise ConversionError(f"family {name} is unknown; it can be {', '.join(known)}")
+    if obstacles := known[name].obstacles(reader.run.model):
+        raise ConversionError(f"family {name} cannot express this model: {'; '.join(obstacles)}")
+    return known[name]
 
 
 def _require_size(tokenizer: Tokenizer, vocab_size: int) -> None:

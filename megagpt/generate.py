@@ -27,6 +27,21 @@ def single_process_plan(reader: CheckpointReader) -> Plan:
     return make_plan(run_config_from_dict(tree, source=str(reader.folder)), config, 1)
 
 
+def open_checkpoint(path: Path) -> CheckpointReader:
+    """A checkpoint whose files are all there; the content of a tensor is compared with its hash when it is read.
+
+    Args:
+        path: a checkpoint, or the checkpoint directory of a run (its newest one is taken).
+
+    Raises:
+        CheckpointError: there is no checkpoint, or a file of it is missing or truncated.
+    """
+    reader = CheckpointReader(find_checkpoint(path))
+    if problems := reader.problems(with_hash=False):
+        raise CheckpointError("\n".join(f"{problem}; use another checkpoint" for problem in problems))
+    return reader
+
+
 def load_model(path: Path) -> tuple[GPT, CheckpointReader]:
     """The model of a checkpoint with its fp32 master weights, in evaluation mode.
 
@@ -36,9 +51,7 @@ def load_model(path: Path) -> tuple[GPT, CheckpointReader]:
     Raises:
         CheckpointError: there is no checkpoint, a file of it is damaged, or its parameters are not this model's.
     """
-    reader = CheckpointReader(find_checkpoint(path))
-    if problems := reader.problems():
-        raise CheckpointError("\n".join(f"{problem}; use another checkpoint" for problem in problems))
+    reader = open_checkpoint(path)
     ranks = start_single_process()
     plan = single_process_plan(reader)
     model = GPT(plan).to(ranks.device)

@@ -198,6 +198,10 @@ def train(
     pulse = engine.pulse
     pulse.enter(Phase.RESTORE)
     restored = checkpoints.restore_latest()
+    if restored is None and plan.model.init_from is not None:
+        from megagpt.pretrained import load_pretrained
+
+        load_pretrained(plan, engine, ranks, console)
     state = restored or TrainState()
     votes = Consensus(ranks, width=2)
     stopping = Stopping(stop, _deadline(plan, ranks), votes)

@@ -38,9 +38,9 @@ def test_transformers_computes_the_logits_of_the_training_ranks(checkpoint, tmp_
     from megagpt.checkpoint import CheckpointReader, find_checkpoint
     from megagpt.export import export_checkpoint
 
-    checked = export_checkpoint(checkpoint, tmp_path / "hf")
-    assert checked.against_model.passed
-    assert checked.against_training.passed
+    export = export_checkpoint(checkpoint, tmp_path / "hf")
+    assert export.certificate.passed
+    assert set(export.certificate.comparisons) == {"the checkpoint's model", "the training ranks"}
     # not only what the report says:
     tokens_BS, trained_BPV = CheckpointReader(find_checkpoint(checkpoint)).probe()
     with torch.no_grad():
@@ -111,10 +111,10 @@ def test_experts_of_expert_and_tensor_parallel_ranks(family, tmp_path):
     sections = {"model": keys | {"init_method_std": 0.1}, "checkpoint": {"directory": str(tmp_path / "checkpoints")}}
     plan = tiny_plan(base, SGD, sections=sections, **layout)
     run_ranks(save_after_one_step, 4, plan)
-    [checked] = run_ranks(export_it, 1, tmp_path / "checkpoints", tmp_path / "hf")
-    assert checked.export.family == family
-    assert checked.against_model.max_difference <= 1e-5
-    assert checked.against_training.max_difference <= 1e-5
+    [export] = run_ranks(export_it, 1, tmp_path / "checkpoints", tmp_path / "hf")
+    assert export.family == family
+    assert len(export.certificate.comparisons) == 2
+    assert all(report.max_difference <= 1e-5 for report in export.certificate.comparisons.values())
 
 
 def export_it(checkpoint: Path, folder: Path):
@@ -147,37 +147,58 @@ def test_bf16_training_and_bf16_weights(bf16_checkpoint, tmp_path):
     from megagpt.export import export_checkpoint
 
     whole = export_checkpoint(bf16_checkpoint, tmp_path / "fp32")
-    assert whole.against_model.max_difference < 1e-4, "both compute in fp32"
-    assert whole.against_training.max_difference < 0.05, "the ranks computed in bf16"
+    in_fp32, in_bf16 = whole.certificate.comparisons.values()
+    assert in_fp32.max_difference < 1e-4, "both compute in fp32"
+    assert in_bf16.max_difference < 0.05, "the ranks computed in bf16"
     half = export_checkpoint(bf16_checkpoint, tmp_path / "bf16", "bfloat16")
-    assert half.against_model.passed
-    assert half.export.weight_bytes < 0.55 * whole.export.weight_bytes
+    assert half.certificate.passed
+    assert half.weight_bytes < 0.55 * whole.weight_bytes
     with safe_open(tmp_path / "bf16" / "model.safetensors", framework="pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
     assert json.loads((tmp_path / "bf16" / "config.json").read_text())["model_type"] == "gpt_neox"
 
 
+TAMPERED = {
+    "model.embed_tokens.weight": "the embedding",
+    "model.layers.2.mlp.up_proj.weight": r"layer 2 \(counted from 0\)",
+    "model.norm.weight": "the final norm or head",
+}
+
+
 @in_own_process
-def test_an_export_with_other_weights_is_refused(llama_checkpoint, tmp_path, monkeypatch):
+def test_an_export_with_other_weights_is_refused_and_names_the_layer(llama_checkpoint, tmp_path, monkeypatch):
     import safetensors.torch
 
     import megagpt.export as module
 
-    write = module.write_hf_folder
+    export = module.export_checkpoint(llama_checkpoint, tmp_path / "hf")
+    certificate = json.loads((tmp_path / "hf" / "certificate.json").read_text())
+    assert certificate["passed"] is True
+    assert certificate["largest_logit_difference"] < 1e-4
+    assert certificate["sha256"]["model.safetensors"] == export.files["model.safetensors"].sha256
+    assert {"megagpt", "torch", "transformers"} <= set(certificate["versions"])
+    assert "| certificate | passed |" in (tmp_path / "hf" / "README.md").read_text()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    for number, (name, where) in enumerate(TAMPERED.items()):
 
-    def write_and_tamper(folder, *args, **kwargs):
-        export = write(folder, *args, **kwargs)
-        path = export.folder / "model.safetensors"
-        weights = safetensors.torch.load_file(path)
-        weights["model.layers.2.mlp.up_proj.weight"][0] *= -1
-        safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
-        return export
+        class Tampered(module.LayerwiseTransformer):
+            def __init__(self, folder, name=name):
+                path = folder / "model.safetensors"
+                weights = safetensors.torch.load_file(path)
+                weights[name] *= -1
+                safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+                super().__init__(folder)
 
-    monkeypatch.setattr(module, "write_hf_folder", write_and_tamper)
-    with pytest.raises(
-        ConversionError, match=r"its logits differ from those of the checkpoint's model: .*do not use it"
-    ):
-        module.export_checkpoint(llama_checkpoint, tmp_path / "hf")
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "LayerwiseTransformer", Tampered)
+            with pytest.raises(
+                ConversionError, match=rf"differ from .*checkpoint's model: .* is in {where}; do not use"
+            ):
+                module.export_checkpoint(llama_checkpoint, tmp_path / "hf", overwrite=True)
+        failed = tmp_path / ("hf.failed" + (f"-{number + 1}" if number else ""))
+        assert json.loads((failed / "certificate.json").read_text())["passed"] is False
+        assert "| certificate | FAILED: " in (failed / "README.md").read_text()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before, "the good one is kept"
 
 
 @in_own_process

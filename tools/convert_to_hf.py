@@ -17,6 +17,9 @@ def main() -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights"
     )
     parser.add_argument("--tokenizer", help="tokenizer file (default: the one that the run was trained with)")
+    parser.add_argument("--family", help="transformers' model_type (default: the first that expresses the model)")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest weight file (default: 5)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that write weight files side by side")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--verbose", action="store_true", help="show the libraries' warnings")
     args = parser.parse_args()
@@ -24,12 +27,21 @@ def main() -> None:
 
     from megagpt.export import export_checkpoint
 
-    checked = export_checkpoint(args.checkpoint, args.output, args.dtype, args.tokenizer, args.overwrite)
-    export = checked.export
+    export = export_checkpoint(
+        args.checkpoint,
+        args.output,
+        args.dtype,
+        args.tokenizer,
+        args.overwrite,
+        args.family,
+        int(args.max_shard_gb * 1e9),
+        args.workers,
+    )
     size = f"{export.weight_bytes / 1e6:,.1f} MB of {args.dtype} weights"
     print(f"{export.folder}: {export.family}, {export.parameters:,} parameters, {size}")
-    print(f"logits against the checkpoint's model:   {checked.against_model}")
-    print(f"logits against the training ranks:       {checked.against_training}")
+    assert export.certificate is not None
+    for what, report in export.certificate.comparisons.items():
+        print(f"{f'logits against {what}:':<40} {report}")
 
 
 if __name__ == "__main__":

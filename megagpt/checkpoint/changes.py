@@ -8,7 +8,7 @@ from megagpt.errors import CheckpointError
 from megagpt.parallel.console import Console
 from megagpt.plan import Plan
 
-_FREE_MODEL_KEYS = {"preset", "hidden_dropout", "attention_dropout"}
+_FREE_MODEL_KEYS = {"preset", "init_from", "hidden_dropout", "attention_dropout"}
 _SHOWN_DIGITS = 12
 
 

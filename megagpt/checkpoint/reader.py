@@ -156,6 +156,32 @@ class CheckpointReader:
         stored_rank = 0 if partition_of(name, self._gated).dim is None else tensor_rank
         return self._stored_shard(name, kind, stored_rank, (start, stop), borrowed=True)
 
+    def vocabulary_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows of an embedding or head in fp32; memory holds no more than them.
+
+        Args:
+            name: canonical name of a parameter whose rows are tokens.
+            first: first token.
+            last: one past the last token; at most the vocabulary's size.
+
+        Raises:
+            CheckpointError: as for `full`.
+        """
+        share, width = self._shard_shape(name)
+        flat, done = torch.empty((last - first) * width), 0
+        for rank in range(first // share, -(-last // share)):
+            begin, end = max(first - rank * share, 0) * width, min(last - rank * share, share) * width
+            pieces = [piece for piece in self.manifest.parameters[name].pieces if piece.tensor_rank == rank]
+            pieces.sort(key=lambda piece: piece.start)
+            self._require_whole(pieces, share * width, f"weight/{name}")
+            for piece in pieces:
+                start, stop = max(begin, piece.start), min(end, piece.stop)
+                if start < stop:
+                    part = flat[done : done + stop - start].view(torch.uint8)
+                    self._file(piece.file).read_part(f"weight/{name}", 4 * (start - piece.start), part)
+                    done += stop - start
+        return flat.view(-1, width)
+
     def rng(self, rank: int) -> dict[str, Tensor]:
         """Random states of one rank."""
         prefix = "rng/"

@@ -10,7 +10,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -50,12 +50,13 @@ class Entry:
     xxh3: str
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> File:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], make: Callable[[str], Tensor] | None = None) -> File:
     """Write a file and have it on the disk; memory holds one tensor at a time if they come from a device.
 
     Args:
         path: the file; replaced if it exists.
         tensors: float32, int64 or uint8, on any device.
+        make: gives each tensor when its turn comes; those of `tensors` then only say type and shape.
 
     Raises:
         OSError: it cannot be written.
@@ -71,7 +72,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> File:
     try:
         os.lseek(descriptor, start, os.SEEK_SET)
         for name, tensor in tensors.items():
-            data = _bytes_of(tensor.detach().cpu().contiguous())
+            data = _bytes_of((tensor if make is None else make(name)).detach().cpu().contiguous())
+            assert len(data) == tensor.numel() * tensor.element_size(), name
             header["__metadata__"][_HASH + name] = _write_all(descriptor, data)
         encoded = _encoded(header)  # as long as before: only the digits of the hashes have changed
         assert len(encoded) == start
@@ -166,6 +168,47 @@ class TensorFile:
             raise DamagedError(f"{self.path}: {name}: the hash differs from what was saved: the content has changed")
         self._verified.add(name)
         return data.view(entry.dtype).view(entry.shape) if entry.bytes else torch.empty(entry.shape, dtype=entry.dtype)
+
+    def read_part(self, name: str, begin: int, out: Tensor) -> None:
+        """Some bytes of a tensor, after the hash of all of it has been compared, once.
+
+        Args:
+            name: of the tensor.
+            begin: its first byte that is wanted.
+            out: memory to fill, 1-D uint8 on the CPU.
+
+        Raises:
+            DamagedError: as for `read`.
+        """
+        if name not in self._verified:
+            self._compare(name)
+        view, offset = _bytes_of(out), self.entries[name].begin + begin
+        while len(view):
+            try:
+                count = os.preadv(self._descriptor, [view[: 1 << 30]], offset)
+            except OSError as error:
+                raise DamagedError(f"{self.path}: {name}: not readable ({error.strerror})") from None
+            if count == 0:
+                raise DamagedError(f"{self.path}: ends within {name}: truncated")
+            view, offset = view[count:], offset + count
+
+    def _compare(self, name: str) -> None:
+        """Compare the hash of a tensor in little memory."""
+        if name not in self.entries:
+            raise DamagedError(f"{self.path}: {name} is missing; the file is not ours")
+        entry, digest, done = self.entries[name], xxhash.xxh3_128(), 0
+        while done < entry.bytes:
+            try:
+                chunk = os.pread(self._descriptor, min(_CHUNK_BYTES, entry.bytes - done), entry.begin + done)
+            except OSError as error:
+                raise DamagedError(f"{self.path}: {name}: not readable ({error.strerror})") from None
+            if not chunk:
+                raise DamagedError(f"{self.path}: ends within {name}: truncated")
+            digest.update(chunk)
+            done += len(chunk)
+        if digest.hexdigest() != entry.xxh3:
+            raise DamagedError(f"{self.path}: {name}: the hash differs from what was saved: the content has changed")
+        self._verified.add(name)
 
     def verify_rest(self) -> None:
         """Read and compare what has not been read yet.

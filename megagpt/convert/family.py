@@ -38,6 +38,8 @@ class Reshaping:
 
     split: Callable[[ModelConfig, Tensor], tuple[Tensor, ...]]
     join: Callable[[ModelConfig, tuple[Tensor, ...]], Tensor]
+    transposes: bool = False
+    """Weights are stored [in, out]. Apart from that all reshapings permute rows."""
 
 
 def _split_qkv(model: ModelConfig, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,8 +72,10 @@ def _join_conv1d_qkv(model: ModelConfig, parts: tuple[Tensor, ...]) -> Tensor:
 SAME = Reshaping(lambda model, tensor: (tensor,), lambda model, parts: parts[0])
 QKV = Reshaping(_split_qkv, _join_qkv)
 GATE_UP = Reshaping(lambda model, tensor: tensor.chunk(2, dim=0), lambda model, parts: torch.cat(parts, dim=0))
-CONV1D = Reshaping(lambda model, tensor: (_transposed(tensor),), lambda model, parts: _transposed(parts[0]))
-CONV1D_QKV = Reshaping(lambda model, tensor: (_transposed(torch.cat(_split_qkv(model, tensor))),), _join_conv1d_qkv)
+CONV1D = Reshaping(lambda model, tensor: (_transposed(tensor),), lambda model, parts: _transposed(parts[0]), True)
+CONV1D_QKV = Reshaping(
+    lambda model, tensor: (_transposed(torch.cat(_split_qkv(model, tensor))),), _join_conv1d_qkv, True
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """Where one Hugging Face tensor comes from: part `part` of a split canonical tensor."""
 
     canonical: str | None  # None: zeros, because the family demands a bias that the model does not have
@@ -191,9 +195,7 @@ class Family:
         Raises:
             ConversionError: the name is unknown, or a Hugging Face tensor has another shape than the config says.
         """
-        parts = _parts(self, model).get(canonical)
-        if not parts:
-            raise ConversionError(f"{canonical} is not a parameter of this model config")
+        parts = self.parts_of(canonical, model)
         tensors = []
         for name, source in parts:
             tensors.append(read_hf(name))
@@ -215,6 +217,25 @@ class Family:
         for name, source in _sources(self, model).items():
             if source.canonical is None and bool(read_hf(name).any()):
                 raise ConversionError(f"{where}: {name} is not zero but this model config has no such bias")
+
+    def sources(self, model: ModelConfig) -> dict[str, Source]:
+        """Where each tensor of a saved Hugging Face model comes from, in the order of the model's layers.
+
+        Raises:
+            ConversionError: a parameter of the model has no place in this family.
+        """
+        return dict(_sources(self, model))
+
+    def parts_of(self, canonical: str, model: ModelConfig) -> list[tuple[str, Source]]:
+        """Names and sources of the Hugging Face tensors that are made of one canonical tensor, in order.
+
+        Raises:
+            ConversionError: the model has no such parameter.
+        """
+        parts = _parts(self, model).get(canonical)
+        if not parts:
+            raise ConversionError(f"{canonical} is not a parameter of this model config")
+        return parts
 
     def hf_config(self, model: ModelConfig, tokens: TokenIds, dtype: Dtype = "float32") -> dict[str, Any]:
         """Content of config.json, read alike by transformers 4 and 5.
@@ -259,9 +280,9 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
 
 
 @lru_cache(maxsize=32)
-def _sources(family: Family, model: ModelConfig) -> dict[str, _Source]:
+def _sources(family: Family, model: ModelConfig) -> dict[str, Source]:
     """Hugging Face name -> source, in the order of the canonical names."""
-    sources = dict[str, _Source]()
+    sources = dict[str, Source]()
     rows = {row.canonical: row for row in family.rows}
     without_bias = family.zeros(model)
     unmapped = []
@@ -278,18 +299,18 @@ def _sources(family: Family, model: ModelConfig) -> dict[str, _Source]:
         assert len(parts) == len(row.hf), row
         for part, (hf_module, tensor) in enumerate(zip(row.hf, parts, strict=True)):
             hf_name = f"{hf_module.format(i=layer, e=expert)}.{kind}"
-            sources[hf_name] = _Source(canonical, tuple(tensor.shape), row.reshaping, part)
+            sources[hf_name] = Source(canonical, tuple(tensor.shape), row.reshaping, part)
             if kind == "weight" and hf_module in without_bias:
-                sources[f"{hf_module.format(i=layer, e=expert)}.bias"] = _Source(None, (tensor.shape[0],))
+                sources[f"{hf_module.format(i=layer, e=expert)}.bias"] = Source(None, (tensor.shape[0],))
     if unmapped:
         raise ConversionError(f"the {family.name} family has no place for {shorten(unmapped)}")
     return sources
 
 
 @lru_cache(maxsize=32)
-def _parts(family: Family, model: ModelConfig) -> dict[str, list[tuple[str, _Source]]]:
+def _parts(family: Family, model: ModelConfig) -> dict[str, list[tuple[str, Source]]]:
     """Canonical name -> the Hugging Face tensors made of it, in order."""
-    parts = dict[str, list[tuple[str, _Source]]]()
+    parts = dict[str, list[tuple[str, Source]]]()
     for name, source in _sources(family, model).items():
         if source.canonical is not None:
             parts.setdefault(source.canonical, []).append((name, source))

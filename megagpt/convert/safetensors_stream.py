@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,35 +59,42 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def write_safetensors(path: Path, shapes: Shapes, dtype: torch.dtype, make: Callable[[str], Tensor]) -> WrittenFile:
+def write_safetensors(
+    path: Path, shapes: Shapes, dtype: torch.dtype | Mapping[str, torch.dtype], make: Callable[[str], Iterable[Tensor]]
+) -> WrittenFile:
     """Write one safetensors file and force it to disk.
 
     Args:
         path: file to create; an existing one is an error.
         shapes: names and shapes, in the order of the file.
-        dtype: float32, bfloat16 or float16; tensors are rounded to it.
-        make: gives the tensor of a name; called once per name, in order.
+        dtype: float32, bfloat16 or float16, of all tensors or by name; they are rounded to it.
+        make: gives the tensor of a name in consecutive blocks of its rows; called once per name, in order.
 
     Raises:
         ConversionError: a value is not finite, or not in `dtype`'s range.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    end, dtypes = 0, dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else dtype
     for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin, end = end, end + math.prod(shape) * dtypes[name].itemsize
+        header[name] = {"dtype": _CODES[dtypes[name]], "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.sha256()
     with open(path, "xb") as file:
-        for block in (struct.pack("<Q", len(encoded)), encoded):
-            digest.update(block)
-            file.write(block)
+        for part in (struct.pack("<Q", len(encoded)), encoded):
+            digest.update(part)
+            file.write(part)
         for name, shape in shapes.items():
-            data = _bytes_of(name, make(name), shape, dtype)
-            digest.update(data)
-            file.write(data)
-            del data  # frees this tensor before the next one is made
+            rows = 0
+            for block in make(name):
+                assert block.shape[1:] == shape[1:], name
+                rows += block.shape[0]
+                data = _bytes_of(name, block, dtypes[name])
+                digest.update(data)
+                file.write(data)
+                del data, block  # frees this block before the next one is made
+            assert rows == shape[0], name
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
@@ -95,13 +102,12 @@ def write_safetensors(path: Path, shapes: Shapes, dtype: torch.dtype, make: Call
     return WrittenFile(size, digest.hexdigest())
 
 
-def _bytes_of(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> memoryview:
+def _bytes_of(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:
     """A tensor's bytes after rounding to `dtype`; without a copy if it has that type already."""
-    assert tuple(tensor.shape) == shape, name
     tensor = tensor.detach().cpu()
     rounded = tensor.to(dtype).contiguous()
-    if not _is_finite(rounded):
-        if _is_finite(tensor):
+    if not is_finite(rounded):
+        if is_finite(tensor):
             raise ConversionError(
                 f"{name} has the value {float(tensor.abs().max()):g}, beyond the range of "
                 f"{str(dtype).removeprefix('torch.')}; export as bfloat16 or float32"
@@ -110,6 +116,6 @@ def _bytes_of(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dt
     return rounded.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether all values are finite. Not-a-number passes through minimum and maximum, which need no copy."""
     return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megagpt.convert.family import Dtype
-from megagpt.convert.safetensors_stream import TORCH_DTYPES
+from megagpt.convert.layerwise import LayerwiseTransformer
 from megagpt.errors import ConversionError
 
 # Share of the largest reference logit. Rounding all weights and activations to 16 bits moves logits by percents.
@@ -58,87 +56,64 @@ def compare_logits(
     folder: str | Path,
     tokens_BS: Tensor,
     reference_logits_BSV: Tensor,
-    dtype: Dtype = "float32",
     tolerance: float | None = None,
 ) -> LogitsReport:
-    """Load an export with transformers, on the CPU and without network, and compare its logits.
+    """Have transformers compute an export's logits in fp32, weight by weight, and compare them.
+
+    On the CPU, without network and without code of the folder.
 
     Args:
         folder: a Hugging Face folder.
         tokens_BS: token ids, batch x sequence.
         reference_logits_BSV: logits of the model before export, batch x sequence x vocabulary without padding.
-        dtype: type in which the export is loaded and computes.
-        tolerance: largest absolute difference that passes; default: `RELATIVE_TOLERANCE[dtype]` times the largest
-            reference logit, or times 1 if all are smaller.
+        tolerance: largest absolute difference that passes; default: 1e-4 times the largest reference logit, or times 1
+            if all are smaller.
 
     Raises:
         ConversionError: transformers is missing or cannot load the folder, a weight is missing or unknown, or the
             shapes do not fit together.
     """
-    if tokens_BS.dim() != 2 or reference_logits_BSV.shape[:2] != tokens_BS.shape or not tokens_BS.numel():
+    with quiet_transformers():
+        return report_logits(LayerwiseTransformer(folder).logits(tokens_BS.cpu()), reference_logits_BSV, tolerance)
+
+
+def report_logits(logits_BSV: Tensor, reference_BSV: Tensor, tolerance: float | None = None) -> LogitsReport:
+    """Compare logits with their reference, both [B, S, vocabulary].
+
+    Raises:
+        ConversionError: the shapes differ, or there is nothing to compare.
+    """
+    if logits_BSV.shape != reference_BSV.shape or not reference_BSV.numel():
         raise ConversionError(
-            f"tokens have shape {list(tokens_BS.shape)} and reference logits {list(reference_logits_BSV.shape)}; "
-            "they must be batch x sequence and batch x sequence x vocabulary, not empty"
+            f"logits have shape {list(logits_BSV.shape)} where the reference has {list(reference_BSV.shape)}; "
+            "compare the same tokens, without vocabulary padding"
         )
-    with _quiet_transformers():
-        hf_model = _load(folder, dtype)
-        largest, total, agreeing = 0.0, 0.0, 0
-        for tokens_S, reference_SV in zip(tokens_BS.cpu(), reference_logits_BSV, strict=True):  # one sample in memory
-            with torch.inference_mode():
-                logits_SV = hf_model(tokens_S[None], use_cache=False).logits[0].float()
-            reference_SV = reference_SV.detach().cpu().float()
-            if logits_SV.shape != reference_SV.shape:
-                raise ConversionError(
-                    f"{folder}: logits have {logits_SV.shape[-1]} entries where the reference has "
-                    f"{reference_SV.shape[-1]}; compare without vocabulary padding"
-                )
-            difference_SV = (logits_SV - reference_SV).abs()
-            # max() of Python drops not-a-number, torch.maximum keeps it
-            largest = float(torch.maximum(torch.tensor(largest, dtype=torch.float64), difference_SV.max().double()))
-            total += float(difference_SV.double().sum())
-            agreeing += int((logits_SV.argmax(-1) == reference_SV.argmax(-1)).sum())
+    reference_BSV = reference_BSV.detach().cpu().float()
     if tolerance is None:
-        tolerance = RELATIVE_TOLERANCE[dtype] * max(1.0, float(reference_logits_BSV.abs().max()))
+        tolerance = RELATIVE_TOLERANCE["float32"] * max(1.0, float(reference_BSV.abs().max()))
+    largest, total, agreeing = torch.zeros((), dtype=torch.float64), 0.0, 0
+    for logits_SV, reference_SV in zip(logits_BSV, reference_BSV, strict=True):  # no copy of the whole in fp64
+        difference_SV = (logits_SV - reference_SV).abs()
+        largest = torch.maximum(largest, difference_SV.max().double())  # Python's max() would drop not-a-number
+        total += float(difference_SV.double().sum())
+        agreeing += int((logits_SV.argmax(-1) == reference_SV.argmax(-1)).sum())
+    positions = reference_BSV.shape[0] * reference_BSV.shape[1]
     return LogitsReport(
-        max_difference=largest,
-        mean_difference=total / reference_logits_BSV.numel(),
-        top1_agreement=agreeing / tokens_BS.numel(),
+        max_difference=float(largest),
+        mean_difference=total / reference_BSV.numel(),
+        top1_agreement=agreeing / positions,
         tolerance=tolerance,
-        positions=tokens_BS.numel(),
-        dtype=dtype,
+        positions=positions,
+        dtype="float32",
     )
 
 
-def _load(folder: str | Path, dtype: Dtype) -> Any:
-    if not (Path(folder) / "config.json").is_file():
-        raise ConversionError(f"{folder}: no config.json; give the folder of an export")
-    try:
-        from transformers import AutoModelForCausalLM
-    except ModuleNotFoundError:
-        raise ConversionError("checking an export needs transformers; run pip install 'megagpt[hf]'") from None
-    try:
-        hf_model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=TORCH_DTYPES[dtype],
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers, safetensors and torch have no common base
-        raise ConversionError(f"{folder}: transformers cannot load it: {error}") from error
-    problems = {kind: sorted(map(str, found)) for kind, found in loading.items() if found}
-    if problems:
-        raise ConversionError(f"{folder}: weights do not match the config: {problems}; export it again")
-    return hf_model.eval()
-
-
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars, warnings or log lines of transformers; its settings come back afterwards."""
     try:
         from transformers.utils import logging as hf_logging
-    except ModuleNotFoundError:  # _load says what to install
+    except ModuleNotFoundError:  # whoever needs it says what to install
         yield
         return
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

@@ -96,7 +96,10 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _scale(matrix: Tensor, factor: Tensor) -> None:
-    """Multiply in place, some rows at a time, in fp32: a 16-bit product would round the factor first."""
+    """Multiply in place, in fp32: a 16-bit product would round the factor first, and so goes some rows at a time."""
+    if matrix.dtype is torch.float32:
+        matrix.mul_(factor)
+        return
     for rows in matrix.split(max(SMALLEST_CHUNK_BYTES // (4 * matrix.shape[1]), 1)):
         rows.copy_(rows.float() * factor)
 

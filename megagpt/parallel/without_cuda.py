@@ -4,7 +4,8 @@ Megatron-Core asks torch.cuda for the current device, for the random state of th
 without CUDA these questions have an answer of the same meaning: the CPU, its random state and its only stream. With
 these few functions replaced, the very same model code runs on gloo ranks. On a CUDA host nothing is touched.
 
-Where torch's matrix product is slow on the host's processor, a faster one takes its place: see `cpu_kernels`.
+Where torch's matrix product is slow on the host's processor, a faster one takes its place, and freed memory is used
+again: see `cpu_kernels` and `cpu_memory`.
 """
 
 import importlib
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megagpt.parallel.cpu_kernels import mkl_is_slow, multiply_with_onednn
+from megagpt.parallel.cpu_memory import keep_freed_memory
 
 
 def support_hosts_without_cuda() -> None:
@@ -40,6 +42,7 @@ def support_hosts_without_cuda() -> None:
     mcore_dispatcher.maybe_move_tensor_to_cpu = _as_on_host
     mcore_mappings._gather_along_first_dim = _gather_rows(mcore_mappings._gather_along_first_dim)
     mcore_mappings._reduce_scatter_along_first_dim = _scatter_rows(mcore_mappings._reduce_scatter_along_first_dim)
+    keep_freed_memory()
     if mkl_is_slow():
         multiply_with_onednn()
 

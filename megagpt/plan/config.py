@@ -48,6 +48,9 @@ class ModelConfig(Section):
     preset: str | None = None
     """Name of a shipped model (`megagpt/presets/NAME.yaml`) or path of a YAML file whose keys fill this section;
     keys given beside it win."""
+    init_from: str | None = None
+    """Folder of a Hugging Face model (safetensors and config.json) whose weights a new run starts from, on any layout;
+    keys of this section that are not given are read from its config.json."""
     num_layers: Positive
     """Number of transformer layers."""
     hidden_size: Positive

@@ -35,7 +35,7 @@ class MemoryEstimate:
     gradients: int
     """Gradients in the type in which they are accumulated."""
     optimizer: int
-    """fp32 master weights and, for AdamW, two moments."""
+    """fp32 master weights (of 16-bit or offloaded ones) and, for AdamW, two moments."""
     activations: int
     """What the backward pass needs of all micro-batches in flight."""
     host: int = 0
@@ -120,7 +120,7 @@ def model_state_bytes(
 
     ZeRO (arXiv 1910.02054), 16 bit with Adam, N = data x context parallel size: stage 1 `(4 + 12/N) P`, stage 2
     `(2 + 14/N) P`, stage 3 `16 P / N`. Gradients count 4 bytes instead of 2 when they are accumulated in fp32.
-    DeepSpeed keeps its own master copy of the weights for fp32 models too.
+    fp32 weights are their own master copy, unless the optimizer is offloaded.
 
     Offloading the optimizer moves its states to the host, and adds fp32 gradients for them and (stages 1 and 2) a copy
     of the weights on their way back; under stage 3 the accumulated gradients move too. Offloading parameters (stage 3)
@@ -129,7 +129,8 @@ def model_state_bytes(
     ranks = gradient_parallel_size
     weights = parameters * DTYPE_BYTES[precision]
     gradients = parameters * DTYPE_BYTES[grad_accum_dtype]
-    states = parameters * (4 + (8 if optimizer == "adamw" else 0))
+    has_masters = precision != "fp32" or offloads_optimizer
+    states = parameters * (4 * has_masters + (8 if optimizer == "adamw" else 0))
     part = -(-parameters // ranks)
     weights = -(-weights // ranks) if zero_stage >= 3 else weights
     gradients = -(-gradients // ranks) if zero_stage >= 2 else gradients
@@ -237,7 +238,8 @@ def head_chunk_tokens(num_tokens: int, vocabulary: int, hidden_size: int) -> int
     """Tokens whose logits exist at a time.
 
     As many as make their fp32 logits as large as the gradient of the head's weight, which is held anyway, or 64 MiB;
-    then all chunks nearly equal.
+    then all chunks nearly equal. Half as many more are taken at once: summing that gradient over two chunks would take
+    as much memory again.
 
     Args:
         num_tokens: tokens of a micro-batch on this rank.
@@ -245,5 +247,5 @@ def head_chunk_tokens(num_tokens: int, vocabulary: int, hidden_size: int) -> int
         hidden_size: columns of it.
     """
     largest = max(hidden_size, SMALLEST_CHUNK_BYTES // (4 * vocabulary), 1)
-    num_chunks = -(-num_tokens // largest)
+    num_chunks = -(-num_tokens // largest) if 2 * num_tokens > 3 * largest else 1
     return -(-num_tokens // num_chunks)

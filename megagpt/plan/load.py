@@ -1,6 +1,7 @@
 """Read a run config: YAML file or dict, preset, `key=value` overrides, and errors in the user's words.
 
-Order of precedence, weakest first: defaults, preset, file, overrides. A key that is null asks for its default.
+Order of precedence, weakest first: defaults, the folder of model.init_from, preset, file, overrides. A key that is null
+asks for its default.
 """
 
 import copy
@@ -14,7 +15,8 @@ import yaml
 from pydantic import ValidationError
 
 from megagpt.errors import ConfigError
-from megagpt.plan.config import ModelConfig, RunConfig
+from megagpt.plan.config import ModelConfig, RunConfig, without_nulls
+from megagpt.plan.hf_config import read_hf_model
 from megagpt.plan.wording import describe_validation_error
 
 
@@ -125,7 +127,7 @@ def _build(tree: Any, source: str, problems: list[str]) -> RunConfig:
         raise ConfigError(f"{source}: must hold sections (model:, training:, ...), not {tree!r}")
     preset_problems: list[str] = []
     try:
-        tree = _expand_preset(tree)
+        tree = _expand_init_from(_expand_preset(tree))
     except ConfigError as error:
         preset_problems = error.problems
     config, findings = None, []
@@ -149,8 +151,52 @@ def _expand_preset(tree: dict[str, Any]) -> dict[str, Any]:
     if all(name in model for name in ModelConfig.model_fields):
         # A dumped config names its preset but needs nothing from it, and must load where the preset's file is absent.
         return tree
-    written = {key: value for key, value in model.items() if value is not None}
-    return {**tree, "model": {**load_preset(model["preset"]), **written}}
+    return {**tree, "model": {**load_preset(model["preset"]), **without_nulls(model)}}
+
+
+_FREE_WITH_INIT_FROM = (
+    "preset",
+    "init_from",
+    "vocab_size",
+    "init_method_std",
+    "hidden_dropout",
+    "attention_dropout",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+)
+"""Keys that may differ from those of the model that a run starts from: they change no logit, or give tokens rows."""
+
+
+def _expand_init_from(tree: dict[str, Any]) -> dict[str, Any]:
+    """Take what the model section does not say from the folder of `model.init_from`.
+
+    Raises:
+        ConfigError: the folder has no readable config.json, or the two contradict each other.
+    """
+    model = tree.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("init_from"), str):
+        return tree
+    if all(name in model for name in ModelConfig.model_fields):
+        return tree  # as for presets: a dumped config needs nothing from the folder
+    folder = model["init_from"]
+    _, found = read_hf_model(folder)
+    merged = {**found, **without_nulls(model)}
+    try:
+        here, there = ModelConfig.model_validate(merged), ModelConfig.model_validate(found)
+    except ValidationError:
+        return {**tree, "model": merged}  # worded with all other findings
+    free = list(_FREE_WITH_INIT_FROM)
+    if here.position_embedding_type == "rope":
+        free.append("max_position_embeddings")
+    problems = [
+        f"model.{key}={getattr(here, key)} but model.init_from={folder} has {getattr(there, key)}; remove model.{key}, "
+        "or start from another model"
+        for key in without_nulls(model)
+        if key not in free and getattr(here, key) != getattr(there, key)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return {**tree, "model": merged}
 
 
 def _read_yaml_mapping(path: Path) -> dict[str, Any]:

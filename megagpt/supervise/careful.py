@@ -103,7 +103,8 @@ class CarefulSteps:
             first_sample: samples that the run has consumed before.
 
         Raises:
-            UnreliableError: the step gave other figures when it was computed again; on all ranks.
+            UnreliableError: the step gave other figures when it was computed again, or the copies of weights differ; on
+                all ranks.
         """
         if not self._is_judged:
             return self.engine.train_step(batches, learning_rate)
@@ -151,8 +152,12 @@ class CarefulSteps:
                 file.write(json.dumps({"step": step, "samples": [first, behind], "why": problem}) + "\n")
 
     def _compare_copies(self) -> str | None:
-        # Before an update, which would give all of them the same weights again.
-        return differing_replicas(self.engine.parameters, self.ranks)
+        # Before an update, which would give all of them the same weights again. Which copy is right nobody knows.
+        if (problem := differing_replicas(self.engine.parameters, self.ranks)) is not None:
+            raise UnreliableError(
+                f"{problem}: a device or a transfer errs silently; the last checkpoint is from before"
+            )
+        return None
 
     def _rehearse(self, batches: Rewindable, rate: float, random: dict[str, torch.Tensor] | None) -> Any:
         """Compute a step that updates nothing, and have all as before."""

@@ -111,6 +111,7 @@ def small_model(plan: Plan, model: dict[str, Any], parallel: dict[str, int]) -> 
     small = {
         **model,
         "preset": None,
+        "init_from": None,
         "num_layers": LAYERS_PER_STAGE * stages + odd,
         "hidden_size": hidden,
         "num_attention_heads": heads,

@@ -52,13 +52,6 @@ def test_not_a_number_never_passes(exported):
     assert not compare_logits(folder, TOKENS_BS, reference_BSV, tolerance=1e9).passed
 
 
-@pytest.mark.parametrize(("dtype", "least"), [("bfloat16", 1e-3), ("float16", 1e-5)])
-def test_sixteen_bit_differs_within_its_tolerance(exported, dtype, least):
-    report = compare_logits(*exported[:1], TOKENS_BS, exported[1], dtype=dtype)
-    assert least < report.max_difference
-    report.require()
-
-
 def test_missing_unknown_and_unreadable_weights(exported):
     folder, reference_BSV = exported
     tensors = load_file(folder / "model.safetensors")
@@ -72,15 +65,15 @@ def test_missing_unknown_and_unreadable_weights(exported):
         compare_logits(folder, TOKENS_BS, reference_BSV)
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-100])
-    with pytest.raises(ConversionError, match=r"transformers cannot load it"):
+    with pytest.raises(ConversionError, match=r"not a whole safetensors file"):
         compare_logits(folder, TOKENS_BS, reference_BSV)
 
 
 def test_shapes_must_fit(exported, tmp_path):
     folder, reference_BSV = exported
-    with pytest.raises(ConversionError, match=r"logits have 257 entries where the reference has 384"):
+    with pytest.raises(ConversionError, match=r"\[2, 16, 257\] where the reference has \[2, 16, 384\]"):
         compare_logits(folder, TOKENS_BS, torch.zeros(2, 16, 384))
-    with pytest.raises(ConversionError, match=r"must be batch x sequence"):
+    with pytest.raises(ConversionError, match=r"compare the same tokens"):
         compare_logits(folder, TOKENS_BS[:1], reference_BSV)
     with pytest.raises(ConversionError, match=r"no config.json"):
         compare_logits(tmp_path, TOKENS_BS, reference_BSV)

@@ -87,6 +87,27 @@ def test_shards_follow_the_index(tmp_path):
     compare_logits(tmp_path / "many", TOKENS_BS, ReferenceGPT(model, weights)(TOKENS_BS)).require()
 
 
+def test_several_processes_write_the_same_bytes(tmp_path):
+    model = model_of("mixtral")
+    weights = random_weights(model)
+    for workers in (1, 3):
+        export(tmp_path / f"by{workers}" / "out", model, weights, max_shard_bytes=20_000, workers=workers)
+    one, three = ({p.name: p.read_bytes() for p in (tmp_path / f"by{n}" / "out").iterdir()} for n in (1, 3))
+    assert one == three
+    assert len(one) > 6
+
+
+def test_what_a_worker_meets_is_told(tmp_path):
+    model = model_of("llama")
+    weights = random_weights(model)
+    weights["final_norm.weight"][3] = float("nan")
+    with pytest.raises(ConversionError, match=r"model.norm.weight has values that are not finite"):
+        export(tmp_path / "out", model, weights, max_shard_bytes=20_000, workers=2)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConversionError, match=r"workers=0 must be at least 1"):
+        export(tmp_path / "out", model, workers=0)
+
+
 def test_shard_plan_keeps_order_and_limit():
     shapes = {"a": (10,), "b": (10,), "huge": (100,), "c": (5,), "d": (15,), "e": (1,)}
     shards = plan_shards(shapes, torch.float32, 80)

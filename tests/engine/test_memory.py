@@ -54,6 +54,7 @@ def peak_state_bytes(plan) -> int:
 STATES = [
     {"dp": 2, "zero": 1, "precision": "bf16"},
     {"dp": 2, "zero": 1},
+    {"dp": 2, "zero": 3},
     {"dp": 2, "zero": 2, "precision": "bf16"},
     {"dp": 2, "zero": 3, "precision": "bf16"},
     {"pp": 2, "dp": 2, "precision": "bf16"},

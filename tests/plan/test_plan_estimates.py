@@ -72,7 +72,8 @@ def test_model_states_are_those_of_arxiv_1910_02054(billions, ranks, stage, giga
 
 def test_fp32_gradients_and_sgd():
     assert model_state_bytes(100, "bf16", "fp32", 1, 4, "adamw") == (200, 400, 300, 0)
-    assert model_state_bytes(100, "fp32", "fp32", 1, 4, "sgd") == (400, 400, 100, 0)
+    assert model_state_bytes(100, "fp32", "fp32", 1, 4, "sgd") == (400, 400, 0, 0)
+    assert model_state_bytes(100, "fp32", "fp32", 1, 4, "sgd", offloads_optimizer=True)[2:] == (0, 300)
 
 
 def test_what_is_offloaded_leaves_the_device():

@@ -1,0 +1,207 @@
+"""From a Hugging Face folder to a checkpoint and a run config; one tensor in memory at a time."""
+
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from megagpt import __version__
+from megagpt.checkpoint.manifest import (
+    FORMAT,
+    PROBE,
+    File,
+    Manifest,
+    Parameter,
+    Piece,
+    sync_path,
+    write_manifest,
+)
+from megagpt.checkpoint.reader import STEP_PREFIX
+from megagpt.checkpoint.tensor_file import write_tensors
+from megagpt.convert.canonical import canonical_shapes
+from megagpt.convert.safetensors_stream import is_finite
+from megagpt.convert.writer import BLOCK_BYTES
+from megagpt.errors import ConversionError
+from megagpt.layerwise import LayerwiseGPT
+from megagpt.model.partition import partition_of
+from megagpt.parallel.ranks import start_single_process
+from megagpt.parallel.rng import rng_state
+from megagpt.plan import Plan, deepspeed_config_from_dict, make_plan, run_config_from_dict
+from megagpt.pretrained import PretrainedWeights, open_pretrained
+
+RANK, CONFIG = "rank-00000.safetensors", "run.yaml"
+PROBE_TOKENS, PROBE_TOLERANCE = 32, 1e-4
+
+
+@dataclass(frozen=True)
+class Import:
+    """What `import_checkpoint` made."""
+
+    config: Path
+    checkpoint: Path
+    family: str
+    parameters: int
+    weight_bytes: int
+    notes: list[str]
+
+
+def import_checkpoint(
+    folder: Path,
+    output: Path,
+    vocab_size: int | None = None,
+    tokenizer: str | None = None,
+    allow_pickle: bool = False,
+) -> Import:
+    """Write a checkpoint of step 0, from which a run of any layout goes on, and a run config that names it.
+
+    Weights become fp32, as in every checkpoint; nothing is lost.
+
+    Args:
+        folder: a Hugging Face folder.
+        output: a new folder, for run.yaml and checkpoints/.
+        vocab_size: another number of tokens than the folder's.
+        tokenizer: tokenizer of the run; default: the folder's own tokenizer.json if it has one.
+        allow_pickle: also take pickled weights, loaded as plain tensors.
+
+    Raises:
+        ConfigError: config.json is missing, damaged or of a family that we do not know.
+        ConversionError: a file is damaged, tensors are missing, unknown or of another shape, or `output` exists.
+    """
+    output = Path(os.path.abspath(output))
+    if os.path.lexists(output):
+        raise ConversionError(f"{output} exists; give another folder")
+    if tokenizer is None and (folder / "tokenizer.json").is_file():
+        tokenizer = str((folder / "tokenizer.json").absolute())
+    plan = _plan(folder, output, vocab_size, tokenizer)
+    weights = open_pretrained(str(folder), plan.model, allow_pickle)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
+    step = partial / "checkpoints" / f"{STEP_PREFIX}{0:08d}"
+    step.mkdir(parents=True)
+    try:
+        size = _write_checkpoint(step, weights, plan)
+        (partial / CONFIG).write_text(_run_yaml(plan), encoding="utf-8")
+        sync_path(partial / CONFIG)
+        os.rename(partial, output)
+        sync_path(output.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    parameters = sum(prod(shape) for shape in canonical_shapes(plan.model).values())
+    step = output / step.relative_to(partial)
+    return Import(output / CONFIG, step, weights.weights.family.name, parameters, size, weights.notes)
+
+
+def _plan(folder: Path, output: Path, vocab_size: int | None, tokenizer: str | None) -> Plan:
+    model = {"init_from": str(folder)} | ({} if vocab_size is None else {"vocab_size": vocab_size})
+    tree = {
+        "model": model,
+        "data": {} if tokenizer is None else {"tokenizer": tokenizer},
+        "training": {"steps": 1},
+        "checkpoint": {"directory": str(output / "checkpoints")},
+    }
+    found = run_config_from_dict(tree).model_dump(mode="json")
+    found["model"]["init_from"] = None  # the checkpoint is what a run starts from
+    return make_plan(run_config_from_dict(found), deepspeed_config_from_dict({"train_batch_size": 1}), 1)
+
+
+def _run_yaml(plan: Plan) -> str:
+    model = {key: value for key, value in plan.run.model.model_dump(mode="json").items() if value is not None}
+    tree = {
+        "model": model,
+        "data": {"prefix": None, "tokenizer": plan.run.data.tokenizer},
+        "training": {"steps": 1000, "seq_length": plan.seq_length},
+        "optimizer": {"lr": 2e-5, "min_lr": 2e-6},
+        "checkpoint": {"directory": plan.run.checkpoint.directory},
+    }
+    head = (
+        "# Starts from the imported checkpoint of step 0 in checkpoint.directory.\n"
+        "# Give data.prefix (written with this tokenizer), and set training and optimizer as you need them.\n"
+    )
+    return head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _write_checkpoint(step: Path, weights: PretrainedWeights, plan: Plan) -> int:
+    """Write all files of the checkpoint; returns the size of the weights."""
+    parameters, files = _write_weights(step, weights, plan)
+    size = sum(file.bytes for file in files.values())
+    ranks = start_single_process(plan.run.training.seed)
+    tokens = torch.randint(0, plan.model.vocab_size, (1, plan.seq_length), generator=torch.Generator().manual_seed(0))
+    logits = LayerwiseGPT(plan, weights, device=ranks.device).logits(tokens[:, :PROBE_TOKENS])
+    files[PROBE] = write_tensors(step / PROBE, {"tokens": tokens, "logits": logits})
+    files[RANK] = write_tensors(step / RANK, {f"rng/{key}": state for key, state in rng_state().items()})
+    manifest = Manifest(
+        format=FORMAT,
+        megagpt=__version__,
+        versions={name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
+        step=0,
+        samples=0,
+        updates=0,
+        run=plan.run.model_dump(mode="json"),
+        deepspeed=dict(plan.deepspeed.raw),
+        world_size=1,
+        tensor_parallel_size=1,
+        pipeline_parallel_size=1,
+        padded_vocab_size=plan.model.vocab_size,
+        moments=(),
+        parameters=parameters,
+        files=files,
+        metrics={},
+        precision="fp32",
+        probe_tolerance=PROBE_TOLERANCE,
+    )
+    write_manifest(step, manifest)
+    sync_path(step)
+    return size
+
+
+def _write_weights(step: Path, weights: PretrainedWeights, plan: Plan) -> tuple[dict[str, Parameter], dict[str, File]]:
+    """Write the weights in fp32. Tables of tokens are cut, each part into a file of its own, so that memory never holds
+    the whole of one.
+
+    Raises:
+        ConversionError: a weight is not finite, or a file cannot be read.
+    """
+    parameters: dict[str, Parameter] = {}
+    spans: list[dict[str, tuple[int, int]]] = []  # per file: entry -> its rows
+    for name, shape in canonical_shapes(plan.model).items():
+        row = prod(shape[1:])
+        is_table = partition_of(name, plan.model.is_gated).vocabulary
+        rows = max(1, BLOCK_BYTES // (4 * row)) if is_table else shape[0]
+        pieces = []
+        for number, first in enumerate(range(0, shape[0], rows)):
+            last = min(first + rows, shape[0])
+            if number == len(spans):
+                spans.append({})
+            spans[number][f"weight/{name}"] = (first, last)
+            pieces.append(Piece(file=_file(number), tensor_rank=0, start=first * row, stop=last * row))
+        parameters[name] = Parameter(shape=shape, pieces=tuple(pieces))
+
+    files = {}
+    for number, wanted in enumerate(spans):
+
+        def make(entry: str, wanted: dict[str, tuple[int, int]] = wanted) -> Tensor:
+            name = entry.removeprefix("weight/")
+            is_table = partition_of(name, plan.model.is_gated).vocabulary
+            part = weights.vocabulary_rows(name, *wanted[entry]) if is_table else weights.full(name)
+            if not is_finite(part):
+                raise ConversionError(f"{weights.weights.folder}: {name} has values that are not finite")
+            return part.float().flatten()
+
+        kinds = {
+            entry: torch.empty((last - first) * prod(canonical_shapes(plan.model)[entry[7:]][1:]), device="meta")
+            for entry, (first, last) in wanted.items()
+        }
+        files[_file(number)] = write_tensors(step / _file(number), kinds, make)
+    return parameters, files
+
+
+def _file(number: int) -> str:
+    return f"weights-{number:05d}.safetensors"

@@ -1,0 +1,102 @@
+"""Compute logits with one layer of the model in memory at a time, in one process and fp32.
+
+Shapes: B batch, S sequence, H hidden size, V vocabulary without padding.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megagpt.model import PipelineLayer, canonical_name, pipeline_layers
+from megagpt.model.layers import Embedding, Head
+from megagpt.model.transformer_config import transformer_config
+from megagpt.plan import Plan
+
+VOCABULARY_BLOCK_BYTES = 32 << 20
+"""Size in fp32 of the rows of the head that are held at once."""
+
+
+class WeightSource(Protocol):
+    """Where full parameters come from, by canonical name."""
+
+    def full(self, name: str) -> Tensor: ...
+    def vocabulary_rows(self, name: str, first: int, last: int) -> Tensor: ...
+
+
+class LayerwiseGPT:
+    """The model of a Plan for one process, whose layers are built, filled, used and dropped one after the other.
+
+    Args:
+        plan: the model, for one process.
+        source: its weights.
+        rounded_to: type that weights are rounded to before use; None: as they come.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: WeightSource,
+        rounded_to: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.plan, self.device = plan, torch.device(device)
+        self._source, self._dtype = source, rounded_to
+        self._layers = pipeline_layers(plan)
+
+    @torch.no_grad()
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        """[B, S] token ids -> [B, S, V] on the CPU."""
+        hidden_SBH = self.embed(tokens_BS)
+        for index in range(self.plan.model.num_layers):
+            hidden_SBH = self.layer(index, hidden_SBH)
+        return self.head(hidden_SBH)
+
+    @torch.no_grad()
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """[B, S] token ids -> [S, B, H]; only the rows of these tokens are read."""
+        tokens, places_BS = tokens_BS.unique(return_inverse=True)
+        plan = dataclasses.replace(self.plan, padded_vocab_size=len(tokens))
+        embedding = Embedding(transformer_config(plan), plan)
+        table = "embedding.word_embeddings.weight"
+        rows = [self._source.vocabulary_rows(table, token, token + 1) for token in tokens.tolist()]
+        embedding.word_embeddings.weight.copy_(self._rounded(torch.cat(rows)))
+        if embedding.add_position_embedding:
+            positions = self._source.full("embedding.position_embeddings.weight")
+            embedding.position_embeddings.weight.copy_(self._rounded(positions))
+        return embedding.eval().to(self.device)(places_BS.to(self.device))
+
+    @torch.no_grad()
+    def layer(self, index: int, hidden_SBH: Tensor) -> Tensor:
+        """Transformer layer `index`, counted from 0: [S, B, H] -> [S, B, H]."""
+        return self._built(self._layers[1 + index])(hidden_SBH)
+
+    @torch.no_grad()
+    def head(self, hidden_SBH: Tensor) -> Tensor:
+        """What the last layer gives, [S, B, H] -> logits [B, S, V] on the CPU, some rows of the head at a time."""
+        hidden_SBH = self._built(self._layers[-2])(hidden_SBH)
+        model = self.plan.model
+        table = "head.weight" if model.untie_embeddings_and_output_weights else "embedding.word_embeddings.weight"
+        step = max(1, VOCABULARY_BLOCK_BYTES // (4 * model.hidden_size))
+        parts = []
+        for first in range(0, model.vocab_size, step):
+            rows = self._source.vocabulary_rows(table, first, min(first + step, model.vocab_size))
+            few = model.model_copy(update={"vocab_size": len(rows)})
+            run = self.plan.run.model_copy(update={"model": few})
+            plan = dataclasses.replace(self.plan, run=run, padded_vocab_size=len(rows))
+            head = Head(transformer_config(plan), plan)
+            head.weight.copy_(self._rounded(rows))
+            parts.append(head.to(self.device)(hidden_SBH).float().cpu())
+        return torch.cat(parts, -1).transpose(0, 1).contiguous()
+
+    def _built(self, layer: PipelineLayer) -> nn.Module:
+        module = layer.build()
+        for name, parameter in module.named_parameters():
+            full = canonical_name(f"{layer.prefix}.{name}", self.plan.model.num_layers)
+            parameter.copy_(self._rounded(self._source.full(full)))
+        return module.eval().to(self.device)
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        return weight if self._dtype is None else weight.to(self._dtype)
