@@ -1,6 +1,7 @@
 """A run on a mixture that changes: losses per dataset, and the very same samples after a resume."""
 
 import json
+import shutil
 
 import pytest
 from conftest import train_quietly
@@ -67,3 +68,15 @@ def test_a_stage_may_be_added_behind_what_was_read():
     short, long = ({"datasets": [{"prefix": "x/a"}], "stages": stages} for stages in ([], [stage]))
     assert DataConfig(**short).mixture_until(100) == DataConfig(**long).mixture_until(100)
     assert DataConfig(**short).mixture_until(101) != DataConfig(**long).mixture_until(101)
+
+
+def test_a_flipped_bit_stops_a_run_that_verifies_checksums(dataset, tmp_path):
+    for suffix in ("bin", "idx", "json"):
+        shutil.copy(f"{dataset['prefix']}.{suffix}", tmp_path / f"d.{suffix}")
+    content = bytearray((tmp_path / "d.bin").read_bytes())
+    content[1000] ^= 1
+    (tmp_path / "d.bin").write_bytes(content)
+    data = {**dataset, "prefix": str(tmp_path / "d"), "verify_checksums": True}
+    with pytest.raises(RankFailedError, match=r"d\.bin has sha256 .*, its manifest says") as failure:
+        run_ranks(train_quietly, 2, tiny_plan("llama", dp=2, sections={"model": {"vocab_size": 300}, "data": data}))
+    assert str(failure.value).count("DataError: ") >= 2, "on both ranks"

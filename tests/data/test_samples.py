@@ -97,3 +97,15 @@ def test_tokens_outside_the_vocabulary():
     assert stream.sample(1).tolist() == [4, 5, 6, 7, 8]
     with pytest.raises(DataError, match=r"counting: token number 11 is 11, outside model\.vocab_size=11"):
         stream.sample(2)
+
+
+@given(
+    num_tokens=st.integers(2, 400), seq_length=st.integers(1, 60), seed=st.integers(0, 2**64), epoch=st.integers(0, 5)
+)
+def test_an_epoch_predicts_every_token_once_up_to_the_last_partial_sample(num_tokens, seq_length, seed, epoch):
+    if num_tokens <= seq_length:
+        return
+    stream = SampleStream(CountingTokens(), (3, 3 + num_tokens), seq_length, seed)
+    labels = np.concatenate([stream.sample(epoch * len(stream) + i)[1:] for i in range(len(stream))])
+    assert sorted(labels.tolist()) == list(range(4, 4 + len(stream) * seq_length))
+    assert num_tokens - 1 - len(labels) < seq_length, "what is left is less than a sample"

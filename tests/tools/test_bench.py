@@ -18,6 +18,19 @@ def test_every_side_is_measured():
     assert re.search(r"missed: smoke, bf16|all goals met", result.stdout)
 
 
+def test_saves_and_restores_are_measured(tmp_path):
+    command = f"tools/bench/checkpoint.py --size smoke --rounds 1 --directory {tmp_path}"
+    result = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode in (0, 1), result.stderr
+    assert result.stderr == ""
+    found = re.findall(
+        r"^(save|restore from [\w ]+): .* ([\d.]+) s.*: ([\d.]+) x \(goal: ([\d.]+)\)$", result.stdout, re.M
+    )
+    assert [name for name, *_ in found] == ["save", "restore from disk", "restore from page cache"]
+    assert all(float(ratio) > 0 for _, _, ratio, _ in found)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_samples_are_read_from_one_dataset_and_from_many():
     command = "tools/bench/samples.py --documents 20000 --sides megagpt"
     result = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=200)
