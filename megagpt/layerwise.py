@@ -1,10 +1,11 @@
-"""Compute logits with one layer of the model in memory at a time, in one process and fp32.
+"""Compute logits with one weight of the model in memory at a time, in one process and fp32.
 
 Shapes: B batch, S sequence, H hidden size, V vocabulary without padding.
 """
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class WeightSource(Protocol):
 
 
 class LayerwiseGPT:
-    """The model of a Plan for one process, whose layers are built, filled, used and dropped one after the other.
+    """The model of a Plan for one process, whose layers are built, used and dropped one after the other.
 
     Args:
         plan: the model, for one process.
@@ -92,11 +93,30 @@ class LayerwiseGPT:
         return torch.cat(parts, -1).transpose(0, 1).contiguous()
 
     def _built(self, layer: PipelineLayer) -> nn.Module:
-        module = layer.build()
-        for name, parameter in module.named_parameters():
-            full = canonical_name(f"{layer.prefix}.{name}", self.plan.model.num_layers)
-            parameter.copy_(self._rounded(self._source.full(full)))
-        return module.eval().to(self.device)
+        """The layer, whose modules get their weights when they run and lose them afterwards: memory that was never
+        written to costs nothing."""
+        module = layer.build().eval().to(self.device)
+        for prefix, part in module.named_modules():
+            if any(True for _ in part.parameters(recurse=False)):
+                part.register_forward_pre_hook(self._fill(f"{layer.prefix}.{prefix}" if prefix else layer.prefix))
+                part.register_forward_hook(_empty)
+        return module
+
+    def _fill(self, prefix: str) -> Callable[[nn.Module, Any], None]:
+        def fill(part: nn.Module, args: Any) -> None:
+            for name, parameter in part.named_parameters(recurse=False):
+                full = canonical_name(f"{prefix}.{name}", self.plan.model.num_layers)
+                weight = self._rounded(self._source.full(full)).to(self.device, torch.float32)
+                assert weight.shape == parameter.shape, full
+                parameter.data = weight
+
+        return fill
 
     def _rounded(self, weight: Tensor) -> Tensor:
         return weight if self._dtype is None else weight.to(self._dtype)
+
+
+def _empty(part: nn.Module, args: Any, output: Any) -> None:
+    for parameter in part.parameters(recurse=False):
+        if parameter.dim() > 1:  # a bias may be handed on, to be added later
+            parameter.data = parameter.data.new_empty(0)
