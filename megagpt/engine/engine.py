@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from megagpt.engine.experts import expert_figures, tell_experts_to_deepspeed
 from megagpt.engine.fragments import Fragment, local_fragments
+from megagpt.engine.guard import Check, Judge, UpdateGuard
 from megagpt.engine.loss_scale import own_loss_scaler
+from megagpt.engine.phases import tell_phases
 from megagpt.engine.pipeline import pipeline_module
 from megagpt.errors import ConfigError
 from megagpt.model import (
@@ -31,6 +33,7 @@ from megagpt.model import (
 from megagpt.optim import build_optimizer
 from megagpt.parallel.ranks import Ranks
 from megagpt.plan import Plan
+from megagpt.supervise.pulse import Phase, Pulse
 
 Batch = tuple[Tensor, Tensor]
 """Token ids and labels, both [B, S] int64."""
@@ -47,7 +50,9 @@ class StepResult:
     loss_scale: float | None = None
     """Factor of the loss in this step's backward pass; None unless fp16."""
     skipped: bool = False
-    """fp16 only: a gradient overflowed on some rank, so no rank updated its weights."""
+    """No rank updated its weights: in fp16 as a gradient overflowed on some rank, else because of a problem."""
+    problem: str | None = None
+    """What the judge has against this step's numbers."""
 
 
 class Engine:
@@ -59,25 +64,44 @@ class Engine:
         module: what was handed to DeepSpeed.
         optimizer: torch's optimizer inside DeepSpeed's.
         wrapped: DeepSpeed's engine.
+        pulse: told of each phase of each micro-batch.
+        judge: asked before each update whether its loss and norm are to be trusted; None: all are.
     """
 
-    def __init__(self, plan: Plan, ranks: Ranks, module: nn.Module, optimizer: torch.optim.Optimizer, wrapped: Any):
-        self.plan, self.ranks = plan, ranks
+    def __init__(
+        self,
+        plan: Plan,
+        ranks: Ranks,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        wrapped: Any,
+        pulse: Pulse | None = None,
+        judge: Judge | None = None,
+    ):
+        self.plan, self.ranks, self.pulse = plan, ranks, pulse or Pulse()
         self.parameters = dict(named_parameters(module, plan, ranks.expert_rank))
         """This rank's parameters by canonical name."""
         self._module: Any = module
         self._optimizer, self._wrapped = optimizer, wrapped
         self._is_pipeline = isinstance(module, PipelineModule)
         self._loss_scaler = own_loss_scaler(wrapped.optimizer)
+        self._guard = UpdateGuard(optimizer, wrapped.optimizer, ranks, judge)
+        if self._is_pipeline:
+            tell_phases(wrapped, self.pulse)
 
-    def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:
+    def train_step(
+        self, batches: Iterator[Batch], learning_rate: float, *, rehearsal: bool = False, check: Check | None = None
+    ) -> StepResult:
         """Take one global batch from `batches` and update the weights.
 
         Args:
             batches: this data-parallel rank's micro-batches, in order; whole samples, of which a context-parallel rank
                 takes its positions.
             learning_rate: of this update.
+            rehearsal: compute all but leave the weights as they are; needs a judge.
+            check: asked before the update, besides the judge; needs one.
         """
+        self._guard.is_rehearsal, self._guard.check = rehearsal, check
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         zero, is_fp16 = self._wrapped.optimizer, self.plan.precision == "fp16"
@@ -87,29 +111,37 @@ class Engine:
         scale = (loss_scale or 1.0) * self.ranks.context_size / self.plan.num_microbatches
         set_auxiliary_loss_scale(scale, self.ranks.device)
         if self._is_pipeline:
+            self._guard.begin_step(lambda: self._wrapped.total_loss, self.plan.num_microbatches)
             loss = self._wrapped.train_batch(map(self._positions, batches))
         else:
             loss = self._accumulate(batches)
         norm = self._wrapped.get_global_grad_norm()
         if self._loss_scaler is not None:
             self._loss_scaler.end_step()
-        skipped = is_fp16 and bool(zero.overflow)
+        problem = self._guard.end_step(loss, is_fp16)
+        skipped = problem is not None or (is_fp16 and bool(zero.overflow))
         if skipped and self.plan.deepspeed.offloads_optimizer and self.plan.zero_stage < 3:
             # DeepSpeed keeps the overflowed sums of offloaded gradients, and would add each later step's to them.
             zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
-        return StepResult(loss, norm, loss_scale, skipped)
+        return StepResult(loss, norm, loss_scale, skipped, problem)
 
     def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
         self._wrapped.train()
         total = torch.zeros((), device=self.ranks.device)
+        self._guard.begin_step(lambda: total, self.plan.num_microbatches)
         for _ in range(self.plan.num_microbatches):
             if isinstance(self._wrapped.optimizer, BF16_Optimizer):
                 # They have been added to the fp32 sums; DeepSpeed would keep them through the forward pass as zeros.
                 self._wrapped.optimizer.clear_lp_grads(set_to_none=True)
-            loss = self._wrapped(*self._to_device(next(batches)))
-            self._wrapped.backward(loss)  # divides by the number of micro-batches
-            self._wrapped.step()
+            self.pulse.enter_next(Phase.DATA)
+            batch = self._to_device(next(batches))
+            self.pulse.enter_next(Phase.FORWARD)
+            loss = self._wrapped(*batch)
             total += loss.detach()
+            self.pulse.enter_next(Phase.BACKWARD)
+            self._wrapped.backward(loss)  # divides by the number of micro-batches
+            self.pulse.enter(Phase.UPDATE)
+            self._wrapped.step()
         return self._mean_over_replicas(total / self.plan.num_microbatches)
 
     def expert_figures(self) -> dict[str, float]:
@@ -239,8 +271,14 @@ def named_parameters(
         yield canonical_name(name, plan.model.num_layers, first_expert), parameter
 
 
-def build_engine(plan: Plan, ranks: Ranks) -> Engine:
+def build_engine(plan: Plan, ranks: Ranks, pulse: Pulse | None = None, judge: Judge | None = None) -> Engine:
     """Build this rank's part of the model with its initial weights and hand it to DeepSpeed.
+
+    Args:
+        plan: layout and batch.
+        ranks: this process's place.
+        pulse: told of each phase of each micro-batch.
+        judge: asked before each update whether its loss and norm are to be trusted.
 
     Raises:
         ConfigError: this host cannot run what the DeepSpeed config asks for.
@@ -267,7 +305,7 @@ def build_engine(plan: Plan, ranks: Ranks) -> Engine:
     )
     skip_reduction_by_one_rank(wrapped)
     share_fp32_weights(wrapped.optimizer)
-    return Engine(plan, ranks, module, optimizer, wrapped)
+    return Engine(plan, ranks, module, optimizer, wrapped, pulse, judge)
 
 
 def _finish(prefix: str, module: nn.Module, plan: Plan, ranks: Ranks) -> None:

@@ -1,4 +1,4 @@
-"""The list of layers as a PipelineModule of DeepSpeed, with our own stage bounds, tied gradients and loss."""
+"""The list of layers as DeepSpeed's PipelineModule, cut where the Plan says."""
 
 from dataclasses import dataclass
 from typing import Any
