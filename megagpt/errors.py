@@ -4,7 +4,9 @@ Every message gives the key or file, its value, the rule that it breaks and the 
 traceback and exit with status 2; `assert` is left for our own bugs.
 """
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -41,6 +43,25 @@ class TrainingError(MegagptError):
     """A run cannot go on: its loss is no number any more, or one of its ranks is lost."""
 
 
+class RankError(TrainingError):
+    """What one rank alone has met; the others merely see it leave.
+
+    Args:
+        text: what to say; nothing if another rank has said it.
+        exit_code: of this process.
+    """
+
+    def __init__(self, text: str, exit_code: int = TrainingError.exit_code):
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+class UnreliableError(TrainingError):
+    """A device or a transfer has erred silently; started again elsewhere, the run may well go on."""
+
+    exit_code = 75
+
+
 class ConversionError(MegagptError):
     """A model has no exact counterpart in the target format, or its logits differ after conversion."""
 
@@ -49,8 +70,14 @@ class LaunchError(MegagptError):
     """The ranks of a job cannot be found out or contradict each other."""
 
 
-def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's main function and end the process: 2 after a user's error, 130 after Ctrl-C, else its result."""
+def run_command(main: Callable[[], int | None], leave_at_once: bool = False) -> NoReturn:
+    """Run a command's main function and end the process: 2 after a user's error, 130 after Ctrl-C, else its result.
+
+    Args:
+        main: the command.
+        leave_at_once: after an error end the process without tearing down what it has built: a rank that has failed
+            must not wait for others.
+    """
     try:
         code = main() or 0
     except MegagptError as error:
@@ -62,4 +89,13 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except Exception:
+        if not leave_at_once:
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and leave_at_once:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

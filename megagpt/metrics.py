@@ -20,6 +20,7 @@ from megagpt.data.files import write_whole
 from megagpt.errors import TrainingError
 from megagpt.parallel.console import Console
 from megagpt.plan import Plan
+from megagpt.supervise.returning import divergence_advice
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -90,7 +91,7 @@ class Meter:
             loss: mean loss per token, on the device.
             grad_norm: norm of the gradient before clipping, on the device.
             loss_scale: fp16 only: factor of the loss in the backward pass.
-            skipped: fp16 only: a gradient overflowed, so the weights were left as they are.
+            skipped: the weights were left as they are.
         """
         assert grad_norm is not None, "DeepSpeed's optimizers give a norm after each update"
         norm = torch.as_tensor(grad_norm).detach()
@@ -106,8 +107,8 @@ class Meter:
             experts: figures about experts since the last report, by name.
 
         Raises:
-            TrainingError: a loss is not finite, a norm is not finite although the update was made, or fp16 has skipped
-                too many updates in a row; on all ranks, as all have the same values.
+            TrainingError: a loss or norm is not finite although the update was made, or fp16 has skipped too many
+                updates in a row; on all ranks, as all have the same values.
         """
         if not self._pending:
             return
@@ -123,15 +124,20 @@ class Meter:
         for record, (loss, norm) in zip(records, values, strict=True):
             figures = {"loss": loss, "learning_rate": record.learning_rate, "grad_norm": norm}
             if record.loss_scale is not None:
-                figures |= {"loss_scale": record.loss_scale, "skipped": int(record.skipped)}
+                figures["loss_scale"] = record.loss_scale
+            if record.loss_scale is not None or record.skipped:
+                figures["skipped"] = int(record.skipped)
             self._write(record.step, "train", figures | (common if record.step == self._step else {}))
         self.latest["train_loss"] = values[-1][0]
         seconds_per_step = (now - self._run_started) / max(self._step - self._first_step, 1)
         left = (self.plan.run.training.steps - self._step) * seconds_per_step
         self._show(records, values[-1][0], values[-1][1], common, left)
         for record, (loss, norm) in zip(records, values, strict=True):
-            if not (math.isfinite(loss) and (math.isfinite(norm) or record.skipped)):
-                raise TrainingError(_divergence(self.plan, record.step, loss, norm))
+            # fp16 may skip for its gradients; a loss that is no number is skipped only if the run is told to go on.
+            excused = record.skipped and (math.isfinite(loss) or self.plan.run.supervision.max_bad_steps > 0)
+            if not (excused or (math.isfinite(loss) and math.isfinite(norm))):
+                numbers = f"loss {loss:.4g}, gradient norm {norm:.4g}"
+                raise TrainingError(f"step {record.step}: {numbers}: {divergence_advice(self.plan)}")
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if record.skipped else 0
             if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise TrainingError(_only_overflows(self.plan, record.step, record.loss_scale))
@@ -167,6 +173,17 @@ class Meter:
     def pause(self, seconds: float) -> None:
         """Leave time spent on evaluation or saving out of the next tokens/s."""
         self._paused += seconds
+
+    def go_back(self, step: int) -> None:
+        """Drop what is recorded of steps after `step`: they are about to be done again."""
+        self._pending.clear()
+        self._step, self._skipped_in_a_row = step, 0
+        if self._file is not None and self._writer is not None:
+            path = Path(self._file.name)
+            self._file.close()
+            self._writer.close()
+            _keep_records_until(path, step)
+            self._file, self._writer = path.open("a"), _tensorboard(path.parent, step)
 
     def at(self, step: int) -> str:
         """How lines about a step begin."""
@@ -245,17 +262,6 @@ def _keep_records_until(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     write_whole(path, "".join(kept).encode())
-
-
-def _divergence(plan: Plan, step: int, loss: float, norm: float) -> str:
-    directory = plan.run.checkpoint.directory
-    saved = f"; the checkpoints in {directory} are from before" if directory else ""
-    fp16 = ", bf16 instead of fp16 (which ends at 65,504)" if plan.precision == "fp16" else ""
-    return (
-        f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: training has diverged; use a lower optimizer.lr "
-        f"(now {plan.run.optimizer.lr:g}), more optimizer.warmup_steps (now {plan.run.optimizer.warmup_steps}){fp16} "
-        f"or a smaller gradient_clipping (now {plan.gradient_clipping:g}){saved}"
-    )
 
 
 def _only_overflows(plan: Plan, step: int, loss_scale: float | None) -> str:

@@ -13,21 +13,24 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from megagpt.errors import ConfigError, DataError, LaunchError, MegagptError, TrainingError, run_command
+from megagpt.errors import ConfigError, DataError, LaunchError, MegagptError, RankError, run_command
 from megagpt.parallel.console import Console, quiet_libraries
 from megagpt.parallel.launch import Launch, detect_launch
 from megagpt.plan import Plan, load_deepspeed_config, load_run_config, make_plan
 from megagpt.signals import StopSignal
 from megagpt.supervise.deadline import Deadline, end_of_job
+from megagpt.supervise.pulse import Phase
 from megagpt.supervise.stopping import Stopping
 
 if TYPE_CHECKING:
     from megagpt.checkpoint import Checkpoints, TrainState
     from megagpt.checkpoint.background import Saved
+    from megagpt.data.loader import MicroBatch
     from megagpt.data.run_data import RunData
     from megagpt.engine import Engine
     from megagpt.metrics import Meter
     from megagpt.parallel.ranks import Ranks
+    from megagpt.supervise.careful import Rewindable
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -55,16 +58,12 @@ def main() -> int:
         run_config = load_run_config(args.config, args.overrides)
         plan = make_plan(run_config, load_deepspeed_config(args.deepspeed_config), launch.world_size)
         return run(plan, launch, stop, args.verbose)
-    except (_OneRankError, LaunchError):
+    except (RankError, LaunchError):
         raise
     except MegagptError as error:
         if launch.local_rank != 0:  # all ranks know; one message per host
             return error.exit_code
         raise
-
-
-class _OneRankError(TrainingError):
-    """What only this rank has met; the others merely see it leave."""
 
 
 def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> int:
@@ -77,7 +76,8 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         ConfigError: a folder of the run config cannot be written to.
         DataError: dataset or tokenizer are missing, damaged or do not fit the model.
         CheckpointError: a checkpoint cannot be written, or belongs to another model.
-        TrainingError: the loss is not finite, or another rank has ended.
+        TrainingError: the loss is not finite.
+        RankError: this rank alone has failed, or another one has ended.
     """
     from megagpt.checkpoint import finished_step
 
@@ -103,15 +103,17 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
             raise DataError("\n".join(damaged))
         from megagpt.checkpoint import Checkpoints
         from megagpt.engine import build_engine
-
-        engine = build_engine(plan, ranks)
-    console.say(headline(plan, launch))
-    for note in plan.notes:
-        console.say(f"note: {note}")
-    for remark in remarks(plan, data):
-        console.warn(remark)
-    checkpoints = Checkpoints(plan, engine, ranks, console, ranks.broadcast_object(hashes))
-    with _telling_who_failed(ranks):
+        from megagpt.supervise.careful import judge_of
+        from megagpt.supervise.watch import watch
+    with watch(plan, ranks) as pulse:
+        with console.muted():
+            engine = build_engine(plan, ranks, pulse, judge_of(plan))
+        console.say(headline(plan, launch))
+        for note in plan.notes:
+            console.say(f"note: {note}")
+        for remark in remarks(plan, data):
+            console.warn(remark)
+        checkpoints = Checkpoints(plan, engine, ranks, console, ranks.broadcast_object(hashes))
         train(plan, ranks, engine, checkpoints, data, console, stop)
     stop_ranks()
     return 0
@@ -139,23 +141,6 @@ def require_writable_folders(plan: Plan, ranks: "Ranks") -> None:
             problems.append(f"{key}={directory} cannot be written to ({error.strerror}); give a writable folder")
     if problems := ranks.broadcast_object(problems):
         raise ConfigError(problems)
-
-
-@contextlib.contextmanager
-def _telling_who_failed(ranks: "Ranks") -> Iterator[None]:
-    """Word what one rank alone has met, and that a rank has lost another one."""
-    try:
-        yield
-    except DataError as error:
-        raise _OneRankError(f"rank {ranks.rank}: {error}") from error
-    except RuntimeError as error:
-        # gloo's words; NCCL aborts the process by itself
-        if not any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer")):
-            raise
-        raise _OneRankError(
-            f"rank {ranks.rank}: another rank has ended or was killed; look for its message, or for the kernel's if it "
-            "ran out of memory"
-        ) from error
 
 
 def headline(plan: Plan, launch: Launch) -> str:
@@ -203,44 +188,41 @@ def train(
         TrainingError: the loss is not finite.
     """
     from megagpt.checkpoint import TrainState
-    from megagpt.data.loader import train_batches
-    from megagpt.data.prefetch import Prefetched
     from megagpt.metrics import Meter
     from megagpt.optim import learning_rate
     from megagpt.parallel.consensus import Consensus
+    from megagpt.supervise.careful import CarefulSteps
+    from megagpt.supervise.returning import Returning
 
     run, total_steps = plan.run, plan.run.training.steps
+    pulse = engine.pulse
+    pulse.enter(Phase.RESTORE)
     restored = checkpoints.restore_latest()
     if restored is None and plan.model.init_from is not None:
         from megagpt.pretrained import load_pretrained
 
         load_pretrained(plan, engine, ranks, console)
     state = restored or TrainState()
-    in_order = train_batches(
-        data.train,
-        first_sample=state.samples,
-        global_batch_size=plan.global_batch_size,
-        microbatch_size=plan.microbatch_size,
-        data_parallel_rank=ranks.data_rank,
-        data_parallel_size=ranks.data_size,
-    )
     votes = Consensus(ranks, width=2)
     stopping = Stopping(stop, _deadline(plan, ranks), votes)
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(Meter(plan, console, first_step=state.step)) as meter,
-        Prefetched(in_order, run.data.prefetch, ranks.device) as batches,
+        contextlib.ExitStack() as readers,
     ):
         checkpoints.on_saved = lambda saved: _tell(saved, meter, stopping)
+        careful = CarefulSteps(plan, engine, ranks, meter.say)
+        returning = Returning(plan, checkpoints, careful, meter.say)
+        batches = readers.enter_context(_batches_from(state.samples, plan, ranks, data))
         evaluate_split = _evaluator(plan, ranks, engine, data, meter)
         if restored is None and run.training.eval_interval:
             evaluate_split("validation", state.step)
         reason = stopping.before_the_first_step()
-        if reason is not None:
-            meter.say(f"{meter.at(state.step)}  {reason} before the first step; the same command goes on from here")
         while state.step < total_steps and reason is None:
+            pulse.begin_step(state.step)
             rate = learning_rate(state.step, plan)
-            result = engine.train_step(batches, rate)
+            result = careful.take(batches, rate, state.step + 1, state.samples)
+            pulse.enter(Phase.BETWEEN)
             state = state.advance(samples=plan.global_batch_size, skipped=result.skipped)
             checkpoints.poll()
             meter.record(state.step, rate, result.loss, result.grad_norm, result.loss_scale, result.skipped)
@@ -252,18 +234,46 @@ def train(
             reports = evaluates or saves or due(state.step, run.logging.interval)
             if reports:  # before a save: what is recorded up to a checkpoint survives a kill, and is finite
                 meter.report(engine.expert_figures())
+            if careful.bad_in_a_row and (is_last or careful.bad_in_a_row == run.supervision.max_bad_steps):
+                checkpoints.wait()
+                state = returning.go_back(state.step, state.samples)
+                meter.go_back(state.step)
+                readers.close()
+                batches = readers.enter_context(_batches_from(state.samples, plan, ranks, data))
+                continue
             if evaluates:
                 evaluate_split("validation", state.step)
             if is_last:
                 evaluate_split("test", state.step)
-            if saves:
+            if saves and not careful.bad_in_a_row:  # else the weights are in doubt until a step is good again
+                pulse.enter(Phase.SAVE)
                 _save(checkpoints, state, meter, evaluates)
             if is_last or reason is not None:
+                pulse.enter(Phase.SAVE)
                 checkpoints.wait()
-            if reason is not None:
-                meter.say(f"{meter.at(state.step)}  {reason}; {_way_on(plan)}")
+        if reason is not None:
+            meter.say(f"{meter.at(state.step)}  {reason}; {_way_on(plan)}")
     votes.close()
     return state
+
+
+@contextlib.contextmanager
+def _batches_from(first_sample: int, plan: Plan, ranks: "Ranks", data: "RunData") -> "Iterator[Rewindable[MicroBatch]]":
+    """This data-parallel rank's micro-batches from a sample of the run on."""
+    from megagpt.data.loader import train_batches
+    from megagpt.data.prefetch import Prefetched
+    from megagpt.supervise.careful import Rewindable
+
+    in_order = train_batches(
+        data.train,
+        first_sample=first_sample,
+        global_batch_size=plan.global_batch_size,
+        microbatch_size=plan.microbatch_size,
+        data_parallel_rank=ranks.data_rank,
+        data_parallel_size=ranks.data_size,
+    )
+    with Prefetched(in_order, plan.run.data.prefetch, ranks.device) as batches:
+        yield Rewindable(batches)
 
 
 def _deadline(plan: Plan, ranks: "Ranks") -> Deadline:
@@ -294,6 +304,7 @@ def _evaluator(
         if not held_out:
             return
         started = time.monotonic()
+        engine.pulse.enter(Phase.EVALUATE)
         losses = [evaluate(engine, part.stream, plan, ranks, plan.run.training.eval_batches) for part in held_out]
         mean = sum(part.share * loss for part, loss in zip(held_out, losses, strict=True))
         by_name = {part.name: loss for part, loss in zip(held_out, losses, strict=True) if part.name}
@@ -318,4 +329,4 @@ def _tell(saved: "Saved", meter: "Meter", stopping: Stopping) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, leave_at_once=True)

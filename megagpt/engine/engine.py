@@ -11,31 +11,29 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.pipe.topology import ProcessTopology
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from megagpt.engine.experts import expert_figures, tell_experts_to_deepspeed
 from megagpt.engine.fragments import Fragment, local_fragments
+from megagpt.engine.guard import Check, Judge, UpdateGuard
 from megagpt.engine.loss_scale import own_loss_scaler
+from megagpt.engine.phases import tell_phases
+from megagpt.engine.pipeline import pipeline_module
 from megagpt.errors import ConfigError
 from megagpt.model import (
     GPT,
-    Head,
-    PipelineLayer,
-    TiedHead,
     canonical_name,
     initialize_weights,
     is_partial_over_tensor_ranks,
-    pipeline_layers,
     set_auxiliary_loss_scale,
-    with_recomputation,
 )
 from megagpt.optim import build_optimizer
 from megagpt.parallel.ranks import Ranks
 from megagpt.plan import Plan
+from megagpt.supervise.pulse import Phase, Pulse
 
 Batch = tuple[Tensor, Tensor]
 """Token ids and labels, both [B, S] int64."""
@@ -52,7 +50,9 @@ class StepResult:
     loss_scale: float | None = None
     """Factor of the loss in this step's backward pass; None unless fp16."""
     skipped: bool = False
-    """fp16 only: a gradient overflowed on some rank, so no rank updated its weights."""
+    """No rank updated its weights: in fp16 as a gradient overflowed on some rank, else because of a problem."""
+    problem: str | None = None
+    """What the judge has against this step's numbers."""
 
 
 class Engine:
@@ -64,25 +64,44 @@ class Engine:
         module: what was handed to DeepSpeed.
         optimizer: torch's optimizer inside DeepSpeed's.
         wrapped: DeepSpeed's engine.
+        pulse: told of each phase of each micro-batch.
+        judge: asked before each update whether its loss and norm are to be trusted; None: all are.
     """
 
-    def __init__(self, plan: Plan, ranks: Ranks, module: nn.Module, optimizer: torch.optim.Optimizer, wrapped: Any):
-        self.plan, self.ranks = plan, ranks
+    def __init__(
+        self,
+        plan: Plan,
+        ranks: Ranks,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        wrapped: Any,
+        pulse: Pulse | None = None,
+        judge: Judge | None = None,
+    ):
+        self.plan, self.ranks, self.pulse = plan, ranks, pulse or Pulse()
         self.parameters = dict(named_parameters(module, plan, ranks.expert_rank))
         """This rank's parameters by canonical name."""
         self._module: Any = module
         self._optimizer, self._wrapped = optimizer, wrapped
         self._is_pipeline = isinstance(module, PipelineModule)
         self._loss_scaler = own_loss_scaler(wrapped.optimizer)
+        self._guard = UpdateGuard(optimizer, wrapped.optimizer, ranks, judge)
+        if self._is_pipeline:
+            tell_phases(wrapped, self.pulse)
 
-    def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:
+    def train_step(
+        self, batches: Iterator[Batch], learning_rate: float, *, rehearsal: bool = False, check: Check | None = None
+    ) -> StepResult:
         """Take one global batch from `batches` and update the weights.
 
         Args:
             batches: this data-parallel rank's micro-batches, in order; whole samples, of which a context-parallel rank
                 takes its positions.
             learning_rate: of this update.
+            rehearsal: compute all but leave the weights as they are; needs a judge.
+            check: asked before the update, besides the judge; needs one.
         """
+        self._guard.is_rehearsal, self._guard.check = rehearsal, check
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         zero, is_fp16 = self._wrapped.optimizer, self.plan.precision == "fp16"
@@ -90,29 +109,37 @@ class Engine:
         # The engine divides the main loss by the number of micro-batches, and scales it for fp16.
         set_auxiliary_loss_scale((loss_scale or 1.0) / self.plan.num_microbatches, self.ranks.device)
         if self._is_pipeline:
+            self._guard.begin_step(lambda: self._wrapped.total_loss, self.plan.num_microbatches)
             loss = self._wrapped.train_batch(map(self._positions, batches))
         else:
             loss = self._accumulate(batches)
         norm = self._wrapped.get_global_grad_norm()
         if self._loss_scaler is not None:
             self._loss_scaler.end_step()
-        skipped = is_fp16 and bool(zero.overflow)
+        problem = self._guard.end_step(loss, is_fp16)
+        skipped = problem is not None or (is_fp16 and bool(zero.overflow))
         if skipped and self.plan.deepspeed.offloads_optimizer and self.plan.zero_stage < 3:
             # DeepSpeed keeps the overflowed sums of offloaded gradients, and would add each later step's to them.
             zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
-        return StepResult(loss, norm, loss_scale, skipped)
+        return StepResult(loss, norm, loss_scale, skipped, problem)
 
     def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
         self._wrapped.train()
         total = torch.zeros((), device=self.ranks.device)
+        self._guard.begin_step(lambda: total, self.plan.num_microbatches)
         for _ in range(self.plan.num_microbatches):
             if isinstance(self._wrapped.optimizer, BF16_Optimizer):
                 # They have been added to the fp32 sums; DeepSpeed would keep them through the forward pass as zeros.
                 self._wrapped.optimizer.clear_lp_grads(set_to_none=True)
-            loss = self._wrapped(*self._to_device(next(batches)))
-            self._wrapped.backward(loss)  # divides by the number of micro-batches
-            self._wrapped.step()
+            self.pulse.enter_next(Phase.DATA)
+            batch = self._to_device(next(batches))
+            self.pulse.enter_next(Phase.FORWARD)
+            loss = self._wrapped(*batch)
             total += loss.detach()
+            self.pulse.enter_next(Phase.BACKWARD)
+            self._wrapped.backward(loss)  # divides by the number of micro-batches
+            self.pulse.enter(Phase.UPDATE)
+            self._wrapped.step()
         return self._mean_over_replicas(total / self.plan.num_microbatches)
 
     def expert_figures(self) -> dict[str, float]:
@@ -239,8 +266,14 @@ def named_parameters(module: nn.Module, plan: Plan, expert_rank: int = 0) -> Ite
         yield canonical_name(name, plan.model.num_layers, first_expert), parameter
 
 
-def build_engine(plan: Plan, ranks: Ranks) -> Engine:
+def build_engine(plan: Plan, ranks: Ranks, pulse: Pulse | None = None, judge: Judge | None = None) -> Engine:
     """Build this rank's part of the model with its initial weights and hand it to DeepSpeed.
+
+    Args:
+        plan: layout and batch.
+        ranks: this process's place.
+        pulse: told of each phase of each micro-batch.
+        judge: asked before each update whether its loss and norm are to be trusted.
 
     Raises:
         ConfigError: this host cannot run what the DeepSpeed config asks for.
@@ -251,7 +284,7 @@ def build_engine(plan: Plan, ranks: Ranks) -> Engine:
             "kernels, but this host has no CUDA device; remove them here (the rest of ZeRO runs the same without)"
         )
     is_pipeline = plan.pipeline_parallel_size > 1
-    module: nn.Module = _pipeline_module(plan) if is_pipeline else GPT(plan)
+    module: nn.Module = pipeline_module(plan) if is_pipeline else GPT(plan)
     initialize_weights(named_parameters(module, plan, ranks.expert_rank), plan, ranks.tensor_rank)
     sum_partial_gradients(module, ranks)
     tell_experts_to_deepspeed(module, plan, ranks)
@@ -265,7 +298,7 @@ def build_engine(plan: Plan, ranks: Ranks) -> Engine:
     )
     skip_reduction_by_one_rank(wrapped)
     share_fp32_weights(wrapped.optimizer)
-    return Engine(plan, ranks, module, optimizer, wrapped)
+    return Engine(plan, ranks, module, optimizer, wrapped, pulse, judge)
 
 
 def sum_partial_gradients(module: nn.Module, ranks: Ranks) -> None:
@@ -285,22 +318,6 @@ def sum_partial_gradients(module: nn.Module, ranks: Ranks) -> None:
     for parameter in module.parameters():
         if is_partial_over_tensor_ranks(parameter):
             parameter.register_hook(all_reduce)
-
-
-@dataclass(frozen=True)
-class _TiedGradient:
-    """A tied weight as the pipeline engine looks at it when it sums its gradient over the stages that hold it."""
-
-    weight: Any
-
-    @property
-    def grad(self) -> Tensor | None:
-        accumulated: Tensor | None = getattr(self.weight, "grad_accum", None)
-        return self.weight.grad if accumulated is None else accumulated
-
-    @property
-    def _hp_grad(self) -> Tensor | None:
-        return self.weight._hp_grad
 
 
 def skip_reduction_by_one_rank(wrapped: Any) -> None:
@@ -338,64 +355,3 @@ def share_fp32_weights(zero: Any) -> None:
         if mapping is not None:  # a view of the copy would keep it in memory
             place = mapping.hp_fragment_address
             mapping.hp_fragment = masters[mapping.param_group_index].narrow(0, place.start, place.numel)
-
-
-class _PlannedPipeline(PipelineModule):
-    """PipelineModule with the Plan's stage bounds in place of DeepSpeed's own partitioning, and with tied gradients
-    where ZeRO 1 keeps them: if it accumulates in another type than the weights', `weight.grad` is None, and the engine
-    would silently sum nothing."""
-
-    def get_tied_weights_and_groups(self) -> list[tuple[_TiedGradient, Any]]:
-        return [(_TiedGradient(weight), group) for weight, group in super().get_tied_weights_and_groups()]
-
-    def _partition_layers(self, method: str = "") -> None:
-        self.parts = [int(bound) for bound in method.split(",")]
-        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
-
-
-def _pipeline_module(plan: Plan) -> PipelineModule:
-    # Megatron-Core's rank order: tensor parallel fastest, then context and data parallel (one axis to DeepSpeed),
-    # pipeline slowest.
-    topology = ProcessTopology(
-        axes=["pipe", "data", "model"],
-        dims=[plan.pipeline_parallel_size, plan.gradient_parallel_size, plan.tensor_parallel_size],
-    )
-    module = _PlannedPipeline(
-        layers=[_layer_spec(layer) for layer in pipeline_layers(plan)],
-        topology=topology,
-        partition_method=",".join(map(str, plan.stage_bounds)),
-        activation_checkpoint_interval=0,  # DeepSpeed's own would replay other dropout masks
-    )
-    if module.stage_id == plan.pipeline_parallel_size - 1:
-        module.loss_fn = _HeadAsLoss(module.forward_funcs[-1])
-        module.forward_funcs[-1] = module.loss_fn.prepare
-    module.forward_funcs = with_recomputation(module.forward_funcs, plan)
-    return module
-
-
-@dataclass(frozen=True)
-class _HeadAsLoss:
-    """The head of the last stage as the loss function of the pipeline: its product is formed with the loss, as that
-    needs the labels."""
-
-    head: Head | TiedHead
-
-    def prepare(self, hidden_SBH: Tensor) -> tuple[Tensor, Tensor]:
-        """What the stage gives: the head's input, and its weight too. DeepSpeed clears the 16-bit gradients when the
-        backward pass arrives at the stage's outputs, so no weight may get its gradient before."""
-        weight = self.head.projection_weight
-        return hidden_SBH, weight.view_as(weight)
-
-    def __call__(self, prepared: tuple[Tensor, Tensor], labels_BS: Tensor) -> Tensor:
-        hidden_SBH, weight = prepared
-        return self.head.projection(hidden_SBH, weight, labels_BS)
-
-    def logits(self, prepared: tuple[Tensor, Tensor]) -> Tensor:
-        """[S, B, V / TP]."""
-        return self.head.projection(*prepared)
-
-
-def _layer_spec(layer: PipelineLayer) -> LayerSpec:
-    if layer.tied is None:
-        return LayerSpec(layer.module, *layer.arguments)
-    return TiedLayerSpec(layer.tied, layer.module, *layer.arguments, tied_weight_attr=layer.tied_weight)

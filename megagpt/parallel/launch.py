@@ -19,7 +19,7 @@ class Launch:
     master_addr: str
     master_port: int
     launcher: str
-    """Who started the process: `mpirun`, `torchrun or deepspeed`, `srun` or `single process`."""
+    """Who started the process: `mpirun`, `mpirun (MPICH)`, `torchrun or deepspeed`, `srun` or `single process`."""
 
     def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
         """Set the variables that torch.distributed and DeepSpeed read."""
@@ -35,8 +35,12 @@ class Launch:
 _LAUNCHERS = (
     ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("torchrun or deepspeed", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    # Intel MPI's and MPICH's mpirun. srun with a PMI plugin sets PMI_RANK too, but no MPI_LOCALRANKID.
+    ("mpirun (MPICH)", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
     ("srun", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
 )
+_NEEDED = {"srun": "SLURM_STEP_ID", "mpirun (MPICH)": "MPI_LOCALRANKID"}
+"""Without it the variables belong to something else: a batch script, or srun's PMI plugin."""
 
 
 def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
@@ -48,14 +52,30 @@ def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
         LaunchError: a variable is missing, is no number, contradicts another one, or no master address is known.
     """
     for launcher, rank_key, local_key, size_key in _LAUNCHERS:
-        if rank_key not in environ or (launcher == "srun" and "SLURM_STEP_ID" not in environ):
+        if rank_key not in environ or _NEEDED.get(launcher, rank_key) not in environ:
             continue
         rank, world_size = number(environ, rank_key, launcher), number(environ, size_key, launcher)
         local_rank = number(environ, local_key, launcher)
         if not 0 <= rank < world_size:
             raise LaunchError(f"{rank_key}={rank} is outside 0 ... {size_key}-1={world_size - 1}; check the launcher")
+        if launcher == "torchrun or deepspeed":
+            _refuse_exported_ranks(environ, rank, world_size)
         return Launch(rank, local_rank, world_size, *find_master(environ, launcher, world_size), launcher)
     return Launch(0, 0, 1, LOOPBACK, free_port(), "single process")
+
+
+def _refuse_exported_ranks(environ: Mapping[str, str], rank: int, world_size: int) -> None:
+    """RANK exported in a batch script is the same in all tasks of srun: each would take itself for that rank."""
+    is_task_per_rank = environ.get("SLURM_NTASKS") == str(world_size) and world_size > 1
+    if "TORCHELASTIC_RUN_ID" in environ or "SLURM_STEP_ID" not in environ or not is_task_per_rank:
+        return
+    task = environ.get("SLURM_PROCID")
+    if task != str(rank):
+        raise LaunchError(
+            f"RANK={rank} contradicts SLURM_PROCID={task}, although srun has started one task per rank "
+            f"(SLURM_NTASKS={world_size}); do not export RANK, LOCAL_RANK and WORLD_SIZE in the batch file: they are "
+            "found out"
+        )
 
 
 def free_port() -> int:

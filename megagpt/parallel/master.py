@@ -89,9 +89,13 @@ def _expand_item(item: str, text: str) -> list[str]:
 def _address(environ: Mapping[str, str], launcher: str, world_size: int) -> str:
     if world_size == 1:
         return LOOPBACK
-    if launcher == "mpirun":
-        if environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == environ.get("OMPI_COMM_WORLD_SIZE"):
+    if launcher.startswith("mpirun"):
+        sizes = {"mpirun": ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE")}
+        local, whole = sizes.get(launcher, ("MPI_LOCALNRANKS", "PMI_SIZE"))
+        if environ.get(local, "") == environ.get(whole):
             return LOOPBACK
+        if environ.get("SLURM_JOB_NODELIST"):  # mpirun fills the hosts of an allocation in their order
+            return expand_hostlist(environ["SLURM_JOB_NODELIST"])[0]
         advice = "start it as `mpirun -x MASTER_ADDR=HOST ...` with the first host's name"
     elif launcher == "srun":
         key = next((key for key in _HOSTLISTS if environ.get(key)), None)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megagpt.errors import LaunchError
+from megagpt.parallel.interface import choose_interface, describe_interfaces
 from megagpt.parallel.launch import Launch
 from megagpt.plan import Plan
 
@@ -149,6 +150,7 @@ def start_ranks(plan: Plan, launch: Launch) -> Ranks:
     import deepspeed
 
     launch.export()
+    choose_interface(launch.master_addr)
     if torch.cuda.is_available():
         index = gpu_index(launch.local_rank, torch.cuda.device_count())
         torch.cuda.set_device(index)
@@ -180,7 +182,8 @@ def _network_advice(launch: Launch, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0]
     return (
         f"{where}: rank {launch.rank} of {launch.world_size} could not meet the others there ({reason}); check that "
-        "it is rank 0's host, that hosts reach each other on this port, and that all ranks were started"
+        "it is rank 0's host, that hosts reach each other on this port, and that all ranks were started; this host's "
+        f"interfaces are {describe_interfaces()} (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose one)"
     )
 
 

@@ -300,6 +300,22 @@ class SupervisionConfig(Section):
 
     stop_after_minutes: Annotated[float, Field(gt=0)] | None = None
     """Save and stop in time to have left this long after the start; Slurm's own time limit is known without."""
+    hang_seconds: Annotated[float, Field(ge=0)] = 600.0
+    """End the job, with the stacks of all ranks and who waits for whom, once no rank has gone on for so long (six times
+    as long while loading or saving); 0: never."""
+    silent_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """End the job once a rank's process is frozen, or its host is lost, for so long."""
+    max_bad_steps: NonNegative = 3
+    """A step whose loss or gradient is no number, or a spike, is computed again, and if it stays so its update is
+    skipped; after so many in a row the run goes back to its last checkpoint and skips the samples from there on. 0:
+    the run ends at the first one that is no number, and what follows here is not done either."""
+    spike_threshold: Annotated[float, Field(ge=0)] = 10.0
+    """A loss so many robust standard deviations (of the last 128 steps) above their median, and 10 % above it, is a
+    spike; 0: only nan and inf count."""
+    replica_check_interval: NonNegative = 500
+    """Every so many steps the weights that data-parallel ranks have in common are compared bit by bit; 0: never."""
+    recompute_interval: NonNegative = 1000
+    """Every so many steps a step is computed twice and its figures are compared; 0: never."""
 
 
 class RunConfig(Section):

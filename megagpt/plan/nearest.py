@@ -40,21 +40,23 @@ def nearest_layout(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) 
     Returns:
         Keys and values, or that there is no such layout; None if the layout is not what stands in the way.
     """
-    asked = _layout_of(run, deepspeed)
+    asked = layout_of(run, deepspeed)
     plain: Layout = {key: 1 for key in asked if key in SIZES}
     plain |= {"sequence_parallel": False, "pipeline_partition": "uniform", "zero_stage": min(deepspeed.zero_stage, 1)}
-    plain_run, plain_deepspeed = _with_layout(run, deepspeed, plain)
+    plain_run, plain_deepspeed = with_layout(run, deepspeed, plain)
     batch = check_batch(plain_run, plain_deepspeed, 1)  # does depend on the layout
     others = set(check_all(plain_run, plain_deepspeed, 1)) - set(batch)
     if world_size < 1 or set(_problems(run, deepspeed, asked, world_size)) <= others:
         return None
-    for layout in sorted(_candidates(asked, world_size), key=lambda layout: _distance(asked, layout)):
+    for layout in sorted(candidate_layouts(asked, world_size), key=lambda layout: distance(asked, layout)):
         if set(_problems(run, deepspeed, layout, world_size)) <= others:
-            return f"nearest layout of {_ranks(world_size)} that passes all rules: {_words(asked, layout, world_size)}"
+            words = layout_words(asked, layout, world_size)
+            return f"nearest layout of {_ranks(world_size)} that passes all rules: {words}"
     return f"no layout of {_ranks(world_size)} passes all rules; change the number of ranks, the batch or the model"
 
 
-def _layout_of(run: RunConfig, deepspeed: DeepSpeedConfig) -> Layout:
+def layout_of(run: RunConfig, deepspeed: DeepSpeedConfig) -> Layout:
+    """What a run asks for."""
     parallel = run.parallel
     sizes = {key: getattr(parallel, key) for key in SIZES if hasattr(parallel, key)}
     return {
@@ -65,7 +67,7 @@ def _layout_of(run: RunConfig, deepspeed: DeepSpeedConfig) -> Layout:
     }
 
 
-def _with_layout(run: RunConfig, deepspeed: DeepSpeedConfig, layout: Layout) -> tuple[RunConfig, DeepSpeedConfig]:
+def with_layout(run: RunConfig, deepspeed: DeepSpeedConfig, layout: Layout) -> tuple[RunConfig, DeepSpeedConfig]:
     """Both configs with another layout."""
     parallel = {key: value for key, value in layout.items() if key != "zero_stage"}
     run = run.model_copy(update={"parallel": run.parallel.model_copy(update=parallel)})
@@ -78,10 +80,10 @@ def _with_layout(run: RunConfig, deepspeed: DeepSpeedConfig, layout: Layout) -> 
 
 def _problems(run: RunConfig, deepspeed: DeepSpeedConfig, layout: Layout, world_size: int) -> list[str]:
     """What a layout breaks of all rules."""
-    return check_all(*_with_layout(run, deepspeed, layout), world_size)
+    return check_all(*with_layout(run, deepspeed, layout), world_size)
 
 
-def _candidates(asked: Layout, world_size: int) -> Iterator[Layout]:
+def candidate_layouts(asked: Layout, world_size: int) -> Iterator[Layout]:
     """Every layout of `world_size` ranks; without repetition."""
     keys = [key for key in SIZES if key in asked]
     partitions = dict.fromkeys([asked["pipeline_partition"], "uniform"])
@@ -100,7 +102,7 @@ def _factors(keys: list[str], world_size: int) -> Iterator[dict[str, int]]:
             yield sizes
 
 
-def _distance(asked: Layout, layout: Layout) -> tuple[float, ...]:
+def distance(asked: Layout, layout: Layout) -> tuple[float, ...]:
     """How far a layout is from what was asked, the most important difference first.
 
     Sizes differ by their ratio; of equally far ones the smaller is nearer.
@@ -115,7 +117,7 @@ def _distance(asked: Layout, layout: Layout) -> tuple[float, ...]:
     )
 
 
-def _words(asked: Layout, layout: Layout, world_size: int) -> str:
+def layout_words(asked: Layout, layout: Layout, world_size: int) -> str:
     """The sizes above 1 or changed, then the switches that changed, as the user would write them."""
     always = SIZES[:2]
     sizes = {key: layout[key] for key in SIZES if key in layout}

@@ -9,6 +9,7 @@ TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n
 MPIRUN = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}
 BATCH = {"SLURM_JOB_ID": "45678", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
 SRUN = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+MPICH = {"PMI_RANK": "6", "MPI_LOCALRANKID": "2", "PMI_SIZE": "8", "MPI_LOCALNRANKS": "4"}
 MASTER = {"MASTER_ADDR": "node1"}
 
 
@@ -22,10 +23,17 @@ MASTER = {"MASTER_ADDR": "node1"}
         ({**MPIRUN, **BATCH, "SLURM_STEP_ID": "0", **MASTER}, ("mpirun", 2, 0, 4, "node1", 25678)),
         # torchrun as one Slurm task per node
         ({**SRUN, **TORCHRUN}, ("torchrun or deepspeed", 3, 1, 4, "node1", 1234)),
+        # MPICH's mpirun, outside and inside Slurm; srun with a PMI plugin
+        ({**MPICH, **MASTER, "MASTER_PORT": "99"}, ("mpirun (MPICH)", 6, 2, 8, "node1", 99)),
+        ({**MPICH, **SRUN, **MASTER}, ("mpirun (MPICH)", 6, 2, 8, "node1", 25678)),
+        ({"PMI_RANK": "5", "PMI_SIZE": "8", **SRUN, **MASTER}, ("srun", 5, 1, 8, "node1", 25678)),
         # one rank needs nobody to meet
         ({**MPIRUN, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, ("mpirun", 0, 0, 1, "127.0.0.1", 29500)),
     ],
-    ids=["torchrun", "mpirun", "srun", "mpirun in Slurm", "torchrun in Slurm", "one rank"],
+    ids=[
+        *("torchrun", "mpirun", "srun", "mpirun in Slurm", "torchrun in Slurm", "MPICH", "MPICH in Slurm"),
+        *("srun with PMI", "one rank"),
+    ],
 )
 def test_each_launcher(environ, expected):
     launch = detect_launch(environ)
@@ -56,6 +64,10 @@ def test_a_single_process(environ):
             "MASTER_ADDR is not set, and srun does not tell on which host rank 0 runs; export it in the batch script",
         ),
         (MPIRUN, "MASTER_ADDR is not set, and mpirun does not tell on which host rank 0 runs; start it as `mpirun -x"),
+        (
+            {**SRUN, **MASTER, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8"},
+            "RANK=0 contradicts SLURM_PROCID=5, although srun has started one task per rank (SLURM_NTASKS=8)",
+        ),
         ({**SRUN, **MASTER, "SLURM_JOB_ID": "x"}, "SLURM_JOB_ID='x' is not an integer"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -131,3 +131,10 @@ def test_ranks_set_by_hand_need_an_address_but_no_port() -> None:
 def test_variables_that_are_no_numbers_are_named(key: str) -> None:
     with pytest.raises(LaunchError, match=f"{key}='soon' is not an integer"):
         detect_launch(srun_task(0, SLURM_NNODES="1") | {key: "soon"})
+
+
+def test_mpirun_inside_an_allocation_starts_on_its_first_host() -> None:
+    environ = mpi_process(3, 4, 2, SLURM_JOB_NODELIST="node[7-8]")
+    assert find_master(environ, "mpirun", 4)[0] == "node7"
+    mpich = {"PMI_RANK": "0", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "4"}
+    assert find_master(mpich, "mpirun (MPICH)", 4)[0] == "127.0.0.1"

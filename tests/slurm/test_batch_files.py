@@ -33,7 +33,7 @@ RUN = {
 }
 # Stand-ins write down how they were called; srun goes on to the command after its own options if SRUN_RUNS is set.
 STUBS = {
-    "python": f'exec {sys.executable} "$@"',
+    "python": f'PYTHONPATH={ROOT} exec {sys.executable} "$@"',  # the code beside these tests, wherever it is installed
     "scontrol": 'echo "scontrol $*" >>calls; seq -f "node%g" "${NUM_HOSTS:-2}"',
     "srun": """
         echo srun >>calls

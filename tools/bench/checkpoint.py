@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 STALL_GOAL, RESTORE_GOAL = 0.2, 1.5
 SIZES = {
     "smoke": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 256},
-    "54m": {"num_layers": 12, "hidden_size": 512, "num_attention_heads": 8, "vocab_size": 16384},
-    "134m": {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "vocab_size": 32000},
+    "67m": {"num_layers": 12, "hidden_size": 512, "num_attention_heads": 8, "vocab_size": 16384},
+    "162m": {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "vocab_size": 32000},
 }
 SEQUENCE = 128
 
@@ -147,7 +147,7 @@ def ratio(found: dict[str, list[float]], ours: str, theirs: str) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, epilog="Exit status: 1 if a goal is missed.")
-    parser.add_argument("--size", choices=SIZES, default="54m", help="model (default: 54m, 0.65 GB of state)")
+    parser.add_argument("--size", choices=SIZES, default="67m", help="model (default: 67m, 0.8 GB of state)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: 5)")
     parser.add_argument("--directory", type=Path, help="disk to write to (default: the system's temporary folder)")
     args = parser.parse_args()

@@ -1,0 +1,37 @@
+"""What the pipeline engine is doing, told to this rank's pulse."""
+
+from collections.abc import Callable
+from typing import Any
+
+from deepspeed.runtime.pipe import schedule
+
+from megagpt.supervise.pulse import Phase, Pulse
+
+_PHASES = {
+    schedule.LoadMicroBatch: Phase.DATA,
+    schedule.ForwardPass: Phase.FORWARD,
+    schedule.BackwardPass: Phase.BACKWARD,
+    schedule.SendActivation: Phase.SEND_ACTIVATION,
+    schedule.RecvActivation: Phase.RECEIVE_ACTIVATION,
+    schedule.SendGrad: Phase.SEND_GRADIENT,
+    schedule.RecvGrad: Phase.RECEIVE_GRADIENT,
+    schedule.ReduceTiedGrads: Phase.REDUCE,
+    schedule.ReduceGrads: Phase.REDUCE,
+    schedule.OptimizerStep: Phase.UPDATE,
+}
+
+
+def tell_phases(wrapped: Any, pulse: Pulse) -> None:
+    """Have a PipelineEngine note each instruction of its schedule before it is carried out."""
+
+    def noting(instruction: type, method: Callable[..., Any]) -> Callable[..., Any]:
+        phase = _PHASES.get(instruction, Phase.BETWEEN)
+        enter = pulse.enter if phase in (Phase.REDUCE, Phase.UPDATE, Phase.BETWEEN) else pulse.enter_next
+
+        def noted(engine: Any, *args: Any, **kwargs: Any) -> Any:
+            enter(phase)
+            return method(engine, *args, **kwargs)
+
+        return noted
+
+    wrapped._INSTRUCTION_MAP = {key: noting(key, method) for key, method in wrapped._INSTRUCTION_MAP.items()}

@@ -1,0 +1,180 @@
+"""Start a job again, or not: after a crash or a time limit, as long as the run gets on (no torch).
+
+Asked by the batch files before and after the ranks run. What is known lies in a file beside the checkpoints, so that it
+outlives jobs, nodes and this process.
+"""
+
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megagpt.errors import LaunchError, MegagptError
+from megagpt.plan import RunConfig
+from megagpt.supervise.beats import FOLDER, BeatFolder, Verdict
+
+RECORD = "restarts.jsonl"
+
+
+class Start(BaseModel):
+    """One start of the run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    job: str
+    """Slurm's number of the first job of the chain."""
+    step: int
+    """Of the newest checkpoint at that time; 0: there was none."""
+    time: float
+    """Seconds since the epoch."""
+
+
+def newest_step(run: RunConfig) -> int:
+    """Step of the newest checkpoint, complete by the looks of it; 0 if there is none."""
+    directory = run.checkpoint.directory
+    folders = Path(directory).glob("step-*/manifest.json") if directory else []
+    return max((int(path.parent.name[5:]) for path in folders if path.parent.name[5:].isdigit()), default=0)
+
+
+def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.environ) -> None:
+    """Note a start, unless the job has been started too often without getting on.
+
+    Args:
+        run: the run config.
+        most_idle: starts in a row from the same step that are allowed.
+        environ: of the batch file.
+
+    Raises:
+        LaunchError: this would be one too many.
+    """
+    if run.checkpoint.directory is None:
+        return
+    path, step = Path(run.checkpoint.directory) / RECORD, newest_step(run)
+    idle = _idle_starts(path, _chain(environ), step)
+    if idle >= most_idle:
+        raise LaunchError(
+            f"{path}: the last {idle} starts of this job all began at step {step} and ended before they had saved "
+            "anything more; look at what they printed, mend it and submit again"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(Start(job=_chain(environ), step=step, time=time.time()).model_dump_json() + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def end(run: RunConfig, most_idle: int, status: int, environ: Mapping[str, str] = os.environ) -> tuple[int, str]:
+    """Have the job started again if that may help.
+
+    Args:
+        run: the run config.
+        most_idle: as for `begin`.
+        status: exit status of the ranks.
+        environ: of the batch file.
+
+    Returns:
+        Exit status for the batch file, and what was done in words.
+    """
+    step = newest_step(run)
+    if run.checkpoint.directory is None:
+        return status, ""
+    if status == 0 and step >= run.training.steps:
+        return 0, f"the run is finished at step {step:,}"
+    if status == MegagptError.exit_code:
+        return status, "not started again: the error is one to be mended"
+    job = environ.get("SLURM_JOB_ID")
+    if job is None or _ask("squeue", "--noheader", "--jobs", job, "--format=%T").strip() != "RUNNING":
+        return status, "not started again: the job was cancelled, or is none of Slurm's"
+    idle = _idle_starts(Path(run.checkpoint.directory) / RECORD, _chain(environ), step)
+    if idle >= most_idle:
+        return status or 1, f"not started again: {idle} starts in a row have not got beyond step {step:,}"
+    bad = _bad_hosts(run, environ)
+    if bad and (replaced := _resubmit(job, bad, environ)) is not None:
+        return 0, f"{replaced} goes on from step {step:,} without {', '.join(bad)}"
+    _ask("scontrol", "requeue", job)
+    return 0, f"job {job} is queued again and goes on from step {step:,}"
+
+
+def _chain(environ: Mapping[str, str]) -> str:
+    return environ.get("MEGAGPT_CHAIN") or environ.get("SLURM_JOB_ID") or "none"
+
+
+def _idle_starts(path: Path, chain: str, step: int) -> int:
+    """How many of the last starts of this chain began where the run still is."""
+    idle = 0
+    for start in reversed(_starts(path)):
+        if start.job == chain:
+            if start.step != step:
+                break
+            idle += 1
+    return idle
+
+
+def _starts(path: Path) -> list[Start]:
+    starts = []
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                starts.append(Start.model_validate_json(line))
+            except ValidationError:  # cut off by a kill
+                continue
+    return starts
+
+
+def _bad_hosts(run: RunConfig, environ: Mapping[str, str]) -> list[str]:
+    """Hosts that the last verdict of this start holds responsible, if it is not all of them."""
+    parent = run.logging.directory or run.checkpoint.directory
+    assert parent is not None and run.checkpoint.directory is not None, "the caller has a checkpoint directory"
+    verdicts = sorted(Path(parent).glob(f"{FOLDER}/*/"))
+    verdict = BeatFolder(verdicts[-1]).verdict() if verdicts else None
+    starts = _starts(Path(run.checkpoint.directory) / RECORD)
+    is_old = verdict is None or not starts or verdicts[-1].stat().st_mtime < starts[-1].time
+    if verdict is None or is_old or not _blames_host(verdict):
+        return []
+    num_nodes = int(environ.get("SLURM_NNODES", "1"))
+    return verdict.hosts if len(verdict.hosts) < num_nodes or num_nodes == 1 else []
+
+
+def _blames_host(verdict: Verdict) -> bool:
+    return verdict.kind in ("lost", "stuck", "unreliable") or "CUDA error" in verdict.text
+
+
+def _resubmit(job: str, bad: list[str], environ: Mapping[str, str]) -> str | None:
+    """Submit the same job without some nodes; None if there are not enough others.
+
+    Slurm changes the nodes of a job only while it is pending, which a running one becomes after this process.
+    """
+    fields = dict(part.partition("=")[::2] for part in _ask("scontrol", "--oneliner", "show", "job", job).split())
+    command = _ask("scontrol", "--oneliner", "show", "job", job).partition(" Command=")[2].partition(" WorkDir=")[0]
+    excluded = sorted({*bad, *_hosts(fields.get("ExcNodeList", ""))})
+    usable = _ask("sinfo", "--noheader", "--Node", "--states=idle,mixed,allocated", "--format=%N", "--partition",
+                  fields.get("Partition", "")).split()  # fmt: skip
+    if len(set(usable) - set(excluded)) < int(environ.get("SLURM_NNODES", "1")) or not command:
+        return None
+    options = [f"--exclude={','.join(excluded)}", f"--nodes={environ.get('SLURM_NNODES', '1')}"]
+    for option, field in (("time", "TimeLimit"), ("partition", "Partition"), ("account", "Account"), ("qos", "QOS"),
+                          ("job-name", "JobName"), ("output", "StdOut"), ("chdir", "WorkDir")):  # fmt: skip
+        if fields.get(field, "(null)") not in ("(null)", "N/A", ""):
+            options.append(f"--{option}={fields[field]}")
+    for option, variable in (("gpus-per-node", "SLURM_GPUS_PER_NODE"), ("ntasks-per-node", "SLURM_NTASKS_PER_NODE"),
+                             ("cpus-per-task", "SLURM_CPUS_PER_TASK")):  # fmt: skip
+        if environ.get(variable):
+            options.append(f"--{option}={environ[variable]}")
+    variables = {**environ, "MEGAGPT_CHAIN": _chain(environ)}
+    told = _ask("sbatch", "--parsable", *options, *command.split(), environ=variables).strip()
+    return f"job {told}" if told else None
+
+
+def _hosts(text: str) -> list[str]:
+    return [] if text in ("", "(null)") else _ask("scontrol", "show", "hostnames", text).split()
+
+
+def _ask(*command: str, environ: Mapping[str, str] | None = None) -> str:
+    """What one of Slurm's commands prints; nothing if it fails, as its words go to stderr by themselves."""
+    try:
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True, env=environ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""

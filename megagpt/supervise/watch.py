@@ -1,0 +1,153 @@
+"""Watch a run: its ranks know of each other's end, and what ends it is said once, first and in words."""
+
+import contextlib
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+from megagpt.errors import DataError, MegagptError, RankError, UnreliableError
+from megagpt.parallel.ranks import Ranks
+from megagpt.plan import Plan, describe
+from megagpt.plan.fitting import nearest_that_fits
+from megagpt.supervise.beats import FOLDER, BeatFolder
+from megagpt.supervise.pulse import Pulse
+from megagpt.supervise.watchdog import EXIT_CODE, Limits, Place, Watchdog
+
+_OTHERS_VERDICT_SECONDS = 5.0
+_LOST_PEER = re.compile(
+    "Connection closed by peer|Connection reset by peer|Broken pipe|remote process has exited|ncclRemoteError"
+    "|Timed out waiting .* for (recv|send) operation|Socket Timeout"
+)
+_OUT_OF_HOST_MEMORY = re.compile("can't allocate memory|Cannot allocate memory|bad_alloc")
+
+
+@contextlib.contextmanager
+def watch(plan: Plan, ranks: Ranks) -> Iterator[Pulse]:
+    """Watch all ranks while the block runs; collective. The block notes in the pulse what it does.
+
+    Without a folder of the run (logging.directory, checkpoint.directory) the ranks know nothing of each other, and only
+    errors are worded.
+
+    Raises:
+        RankError: this rank has met an error of its own, has run out of memory, or has lost another one.
+    """
+    folder = _folder(plan, ranks)
+    watchdog = None if folder is None else Watchdog(folder, place_of(ranks), _limits(plan), _say)
+    with watchdog or contextlib.nullcontext():
+        try:
+            yield Pulse() if watchdog is None else watchdog.pulse
+        except Exception as error:
+            worded = _worded(error, plan, ranks, watchdog)
+            if worded is error:
+                raise
+            raise worded from error
+    if folder is not None:
+        ranks.barrier()
+        if ranks.rank == 0:
+            folder.remove()
+
+
+def place_of(ranks: Ranks) -> Place:
+    """This rank's coordinates."""
+    return Place(
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        stage=ranks.pipeline_rank,
+        data=ranks.data_rank,
+        context=ranks.context_rank,
+        tensor=ranks.tensor_rank,
+    )
+
+
+def _folder(plan: Plan, ranks: Ranks) -> BeatFolder | None:
+    """A folder for this start; rank 0 names and makes it."""
+    parent = plan.run.logging.directory or plan.run.checkpoint.directory
+    if parent is None or ranks.world_size == 1:
+        return None
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder = BeatFolder(Path(parent) / FOLDER / ranks.broadcast_object(name))
+    if ranks.rank == 0:
+        folder.create()
+    ranks.barrier()
+    return folder
+
+
+def _limits(plan: Plan) -> Limits:
+    supervision = plan.run.supervision
+    return Limits(stuck=supervision.hang_seconds, silent=supervision.silent_seconds)
+
+
+def _say(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def _worded(error: Exception, plan: Plan, ranks: Ranks, watchdog: Watchdog | None) -> Exception:
+    """The error to raise in place of one that came out of the run."""
+    name = f"rank {ranks.rank} on {socket.gethostname()}"
+    text = str(error)
+    if isinstance(error, DataError):
+        _failed(watchdog, f"{name}: {error}", error.exit_code)
+        return RankError(f"{name}: {error}", error.exit_code)
+    if isinstance(error, UnreliableError) and watchdog is not None:
+        watchdog.failed(f"{name}: {error}", error.exit_code)
+    if isinstance(error, MegagptError):  # raised by all ranks together
+        return error
+    if _LOST_PEER.search(text):
+        return _lost_peer(name, watchdog)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _OUT_OF_HOST_MEMORY.search(text):
+        text = f"{name}: {out_of_memory(plan, ranks, text)}"
+        _failed(watchdog, text, RankError.exit_code)
+        return RankError(text)
+    _failed(watchdog, f"{name}: {type(error).__name__}: {text.strip()}", EXIT_CODE)
+    return error
+
+
+def _failed(watchdog: Watchdog | None, text: str, exit_code: int) -> None:
+    if watchdog is not None:
+        watchdog.failed(text, exit_code)
+
+
+def _lost_peer(name: str, watchdog: Watchdog | None) -> RankError:
+    if watchdog is not None and watchdog.verdict_within(_OTHERS_VERDICT_SECONDS) is not None:
+        return RankError("", EXIT_CODE)  # said by the rank that knows
+    return RankError(
+        f"{name}: another rank has ended or was killed; look for its message, or for the kernel's if it ran out of "
+        "memory",
+        EXIT_CODE,
+    )
+
+
+def out_of_memory(plan: Plan, ranks: Ranks, reason: str) -> str:
+    """What to say after an allocation has failed: the reason, the Plan's table, and what would fit.
+
+    Args:
+        plan: of the run.
+        ranks: this rank, and the device that is full.
+        reason: the library's words.
+    """
+    if ranks.device.type == "cuda":
+        capacity = torch.cuda.get_device_properties(ranks.device).total_memory
+        where = f"its GPU has {capacity / 2**30:.1f} GiB"
+    else:
+        on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or ranks.world_size
+        capacity = psutil.virtual_memory().total // on_host
+        where = f"its host has {capacity / 2**30:.1f} GiB for each of its ranks"
+    # It was too much, whatever had been estimated: what is advised must be well below.
+    limit = min(int(0.85 * capacity), int(0.8 * plan.memory.total))
+    table = describe(plan).partition("estimated memory")
+    rows = table[2].split("\n\n")[0].splitlines()[: plan.pipeline_parallel_size + 2]
+    first = (reason.strip().splitlines() or ["no memory left"])[0]
+    return "\n".join(
+        [
+            f"out of memory in stage {ranks.pipeline_rank} of {plan.pipeline_parallel_size}; {where} ({first})",
+            table[1] + "\n".join(rows),
+            nearest_that_fits(plan, limit),
+        ]
+    )

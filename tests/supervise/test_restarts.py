@@ -1,0 +1,163 @@
+"""When a job is started again, when not, and where, seen with stand-ins for Slurm's commands."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megagpt.errors import LaunchError
+from megagpt.plan import run_config_from_dict
+from megagpt.supervise.beats import BeatFolder, Verdict
+from megagpt.supervise.restarts import begin, end, newest_step
+
+MODEL = {
+    "num_layers": 1,
+    "hidden_size": 8,
+    "num_attention_heads": 1,
+    "vocab_size": 10,
+    "max_position_embeddings": 8,
+}
+STAND_INS = {
+    "squeue": 'echo "${JOB_STATE:-RUNNING}"',
+    "sbatch": 'printf "%s\\n" "$@" >>submitted; echo "chain $MEGAGPT_CHAIN" >>submitted; echo 78',
+    "sinfo": "printf 'node1\\nnode2\\nnode3\\n'",
+    "scontrol": """
+        if [[ $1 == requeue ]]; then echo "$@" >>requeued; exit; fi
+        if [[ $* == *hostnames* ]]; then echo "${@: -1}" | tr , '\\n'; exit; fi
+        echo "JobId=77 JobName=mega Account=(null) QOS=normal ExcNodeList=${EXCLUDED:-(null)} TimeLimit=01:00:00" \\
+          "Partition=main NumNodes=2 Command=/repo/slurm/pretrain.sbatch run.yaml ds.json a.b=3 WorkDir=/repo" \\
+          "StdErr=/repo/x.out StdOut=/repo/x.out" """,
+}
+
+
+class Job:
+    """A run in a folder, and the Slurm job that it runs in."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        tree = {
+            "model": MODEL,
+            "training": {"steps": 10},
+            "checkpoint": {"directory": str(folder / "checkpoints")},
+            "logging": {"directory": str(folder / "logs")},
+        }
+        self.run = run_config_from_dict(tree)
+        self.environ = {
+            "SLURM_JOB_ID": "77",
+            "SLURM_NNODES": "2",
+            "SLURM_NTASKS_PER_NODE": "4",
+            "PATH": os.environ["PATH"],
+        }
+
+    def save(self, step: int) -> None:
+        path = self.folder / "checkpoints" / f"step-{step:08d}"
+        path.mkdir(parents=True)
+        (path / "manifest.json").touch()
+
+    def verdict(self, kind: str, hosts: list[str], text: str = "") -> None:
+        folder = BeatFolder(self.folder / "logs" / "watchdog" / f"start-{kind}")
+        folder.create()
+        folder.pass_verdict(Verdict(kind=kind, by=0, text=text, culprits=[1], hosts=hosts, exit_code=75))
+
+    def said(self, name: str) -> list[str]:
+        path = self.folder / name
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    (tmp_path / "bin").mkdir()
+    for name, text in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    return Job(tmp_path)
+
+
+def test_a_stopped_run_is_queued_again_and_a_finished_one_is_not(job: Job) -> None:
+    begin(job.run, 3, job.environ)
+    job.save(4)
+    assert newest_step(job.run) == 4
+    assert end(job.run, 3, 0, job.environ) == (0, "job 77 is queued again and goes on from step 4")
+    assert job.said("requeued") == ["requeue 77"]
+    job.save(10)
+    assert end(job.run, 3, 0, job.environ) == (0, "the run is finished at step 10")
+    assert len(job.said("requeued")) == 1
+
+
+def test_a_crash_loop_is_bounded_whether_or_not_the_end_is_reached(job: Job) -> None:
+    job.save(4)
+    for _ in range(2):
+        begin(job.run, 3, job.environ)
+        assert end(job.run, 3, 1, job.environ)[0] == 0
+    begin(job.run, 3, job.environ)
+    assert end(job.run, 3, 1, job.environ) == (1, "not started again: 3 starts in a row have not got beyond step 4")
+    with pytest.raises(LaunchError, match="the last 3 starts of this job all began at step 4"):
+        begin(job.run, 3, job.environ)
+    begin(job.run, 3, {**job.environ, "SLURM_JOB_ID": "90"})  # submitted anew by hand
+
+
+def test_progress_starts_the_count_afresh(job: Job) -> None:
+    for step in (1, 2, 3, 4, 5):
+        begin(job.run, 2, job.environ)
+        job.save(step)
+        assert end(job.run, 2, 1, job.environ)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "words"),
+    [(2, "RUNNING", "one to be mended"), (143, "COMPLETING", "was cancelled"), (1, "", "")],
+)
+def test_what_a_user_has_to_mend_or_has_cancelled_is_left_alone(
+    job: Job, monkeypatch: pytest.MonkeyPatch, status: int, state: str, words: str
+) -> None:
+    begin(job.run, 3, job.environ)
+    if state:
+        monkeypatch.setenv("JOB_STATE", state)
+    else:
+        del job.environ["SLURM_JOB_ID"]
+    code, said = end(job.run, 3, status, job.environ)
+    assert (code, job.said("requeued")) == (status, [])
+    assert words in said
+
+
+def test_the_node_that_failed_is_left_out(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(job.run, 3, job.environ)
+    job.verdict("lost", ["node2"])
+    assert end(job.run, 3, 75, job.environ) == (0, "job 78 goes on from step 0 without node2")
+    assert job.said("submitted") == [
+        "--parsable",
+        "--exclude=node2",
+        "--nodes=2",
+        "--time=01:00:00",
+        "--partition=main",
+        "--qos=normal",
+        "--job-name=mega",
+        "--output=/repo/x.out",
+        "--chdir=/repo",
+        "--ntasks-per-node=4",
+        *("/repo/slurm/pretrain.sbatch", "run.yaml", "ds.json", "a.b=3"),
+        "chain 77",
+    ]
+    assert job.said("requeued") == []
+
+
+def test_without_enough_other_nodes_the_job_keeps_its_own(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(job.run, 3, job.environ)
+    job.verdict("lost", ["node2"])
+    monkeypatch.setenv("EXCLUDED", "node1")
+    assert end(job.run, 3, 75, job.environ) == (0, "job 77 is queued again and goes on from step 0")
+
+
+@pytest.mark.parametrize(("kind", "hosts"), [("failed", ["node2"]), ("lost", ["node1", "node2"])])
+def test_no_node_is_blamed_for_a_bug_or_for_all(job: Job, kind: str, hosts: list[str]) -> None:
+    begin(job.run, 3, job.environ)
+    job.verdict(kind, hosts, "ZeroDivisionError")
+    assert end(job.run, 3, 75, job.environ)[1] == "job 77 is queued again and goes on from step 0"
+
+
+def test_a_run_without_checkpoints_is_not_looked_after(job: Job) -> None:
+    run = job.run.model_copy(update={"checkpoint": job.run.checkpoint.model_copy(update={"directory": None})})
+    begin(run, 0, job.environ)
+    assert end(run, 0, 9, job.environ) == (9, "")
