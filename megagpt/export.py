@@ -16,6 +16,7 @@ from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import ConversionError
 from megagpt.generate import open_checkpoint, single_process_plan, tokenizer_path
 from megagpt.layerwise import LayerwiseGPT
+from megagpt.parallel.cpu_memory import return_freed_memory
 from megagpt.parallel.ranks import start_single_process
 
 AGAINST_MODEL = "the checkpoint's model"
@@ -102,6 +103,7 @@ def certify(folder: Path, reader: CheckpointReader, dtype: Dtype) -> Certificate
     positions = min(trained_BPV.shape[1], PROBE_POSITIONS)
     tokens_BS, trained_BPV = tokens_BS[:, :positions], trained_BPV[:, :positions]
     ranks = start_single_process()
+    return_freed_memory()
     # Compare what was stored, not what rounding made of it.
     ours = LayerwiseGPT(single_process_plan(reader), reader, TORCH_DTYPES[dtype], ranks.device)
     coarser = RELATIVE_TOLERANCE[dtype] if dtype != "float32" else 0.0

@@ -31,6 +31,7 @@ from megagpt.convert.writer import BLOCK_BYTES
 from megagpt.errors import ConversionError
 from megagpt.layerwise import LayerwiseGPT
 from megagpt.model.partition import partition_of
+from megagpt.parallel.cpu_memory import return_freed_memory
 from megagpt.parallel.ranks import start_single_process
 from megagpt.parallel.rng import rng_state
 from megagpt.plan import Plan, deepspeed_config_from_dict, make_plan, run_config_from_dict
@@ -133,6 +134,7 @@ def _write_checkpoint(step: Path, weights: PretrainedWeights, plan: Plan) -> int
     parameters, files = _write_weights(step, weights, plan)
     size = sum(file.bytes for file in files.values())
     ranks = start_single_process(plan.run.training.seed)
+    return_freed_memory()
     tokens = torch.randint(0, plan.model.vocab_size, (1, plan.seq_length), generator=torch.Generator().manual_seed(0))
     logits = LayerwiseGPT(plan, weights, device=ranks.device).logits(tokens[:, :PROBE_TOKENS])
     files[PROBE] = write_tensors(step / PROBE, {"tokens": tokens, "logits": logits})

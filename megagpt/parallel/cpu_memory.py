@@ -23,3 +23,11 @@ def keep_freed_memory() -> bool:
     if mallopt is None or any(name in os.environ for name in _USERS_OWN):
         return False
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def return_freed_memory() -> None:
+    """Have this process give freed memory back to the system again, for tools that promise to need little of it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and not any(name in os.environ for name in _USERS_OWN):
+        mallopt(_M_MMAP_MAX, 65536)  # both as glibc starts with
+        mallopt(_M_TRIM_THRESHOLD, 128 << 10)
