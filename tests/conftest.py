@@ -42,7 +42,7 @@ def trained(dataset, tmp_path_factory) -> Callable[[str], Path]:
     Each is trained once.
     """
     from ranks import run_ranks
-    from tiny import ADAM, tiny_plan
+    from tiny import ADAM, tiny_plan, train_quietly
 
     folders: dict[str, Path] = {}
 
@@ -57,12 +57,3 @@ def trained(dataset, tmp_path_factory) -> Callable[[str], Path]:
         return folders[model]
 
     return get
-
-
-def train_quietly(plan) -> int:
-    """Train as the command does, on this rank."""
-    from megagpt.parallel.launch import detect_launch
-    from megagpt.signals import StopSignal
-    from megagpt.train import run
-
-    return run(plan, detect_launch(), StopSignal())

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train_quietly
 from ranks import RankFailedError, run_ranks
-from tiny import LLAMA, SGD, tiny_plan
+from tiny import LLAMA, SGD, tiny_plan, train_quietly
 
 from megagpt.convert.canonical import canonical_shapes
 from megagpt.convert.writer import write_hf_folder

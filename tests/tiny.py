@@ -55,3 +55,12 @@ def write_tiny_dataset(folder: Path) -> tuple[str, str]:
     train_sentencepiece(texts, folder / "tokenizer", vocab_size=300)
     preprocess([corpus], folder / "data", folder / "tokenizer.model")
     return str(folder / "data"), str(folder / "tokenizer.model")
+
+
+def train_quietly(plan) -> int:
+    """Train as the command does, on this rank."""
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.signals import StopSignal
+    from megagpt.train import run
+
+    return run(plan, detect_launch(), StopSignal())

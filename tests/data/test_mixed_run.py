@@ -4,9 +4,8 @@ import json
 import shutil
 
 import pytest
-from conftest import train_quietly
 from ranks import RankFailedError, run_ranks
-from tiny import ADAM, tiny_plan
+from tiny import ADAM, tiny_plan, train_quietly
 
 from megagpt.data.indexed import IndexedWriter
 from megagpt.plan.data_config import DataConfig
