@@ -7,6 +7,7 @@ from megagpt.checkpoint.reader import CheckpointReader
 from megagpt.errors import CheckpointError
 from megagpt.parallel.console import Console
 from megagpt.plan import Plan
+from megagpt.plan.layout import count_parameters
 
 _FREE_MODEL_KEYS = {"preset", "init_from", "hidden_dropout", "attention_dropout"}
 _SHOWN_DIGITS = 12
@@ -65,10 +66,10 @@ def require_unchanged(
     if refused:
         shown = ", ".join(phrase for phrases in refused.values() for phrase in phrases)
         what = " and ".join(refused)
-        raise CheckpointError(
-            f"{reader.folder} belongs to another {what}: {shown}; use its settings or another checkpoint.directory, or "
-            f"go on all the same with checkpoint.allow_changes=[{', '.join(found)}]"
-        )
+        advice = "use its settings or another checkpoint.directory"
+        if count_parameters(plan.model) == count_parameters(reader.run.model):  # else nothing can make them fit
+            advice += f", or go on all the same with checkpoint.allow_changes=[{', '.join(found)}]"
+        raise CheckpointError(f"{reader.folder} belongs to another {what}: {shown}; {advice}")
     for kind, phrases in found.items():
         if console is not None:
             console.warn(f"going on from {reader.folder} with another {kind}: {', '.join(phrases)}")
