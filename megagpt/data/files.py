@@ -36,8 +36,13 @@ def publish(temporary: Path, final: Path) -> None:
         os.close(folder)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, durable: bool = True) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part.
+
+    Args:
+        path: the file.
+        content: all of it.
+        durable: wait until the disk has it; without that a crash of the machine (not of the process) may empty it.
 
     Raises:
         DataError: the file cannot be written.
@@ -47,9 +52,13 @@ def write_whole(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        if durable:
+            publish(temporary, path)
+        else:
+            os.replace(temporary, path)
     except OSError as error:
         raise DataError(
             f"{path} cannot be written ({error.strerror}); choose a writable folder with free space"
