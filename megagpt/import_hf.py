@@ -20,7 +20,6 @@ from megagpt.checkpoint.manifest import (
     Manifest,
     Parameter,
     Piece,
-    sync_path,
     write_manifest,
 )
 from megagpt.checkpoint.reader import STEP_PREFIX
@@ -36,6 +35,7 @@ from megagpt.parallel.ranks import start_single_process
 from megagpt.parallel.rng import rng_state
 from megagpt.plan import Plan, deepspeed_config_from_dict, make_plan, run_config_from_dict
 from megagpt.pretrained import PretrainedWeights, open_pretrained
+from megagpt.storage.local import sync_path
 
 RANK, CONFIG = "rank-00000.safetensors", "run.yaml"
 PROBE_TOKENS, PROBE_TOLERANCE = 32, 1e-4

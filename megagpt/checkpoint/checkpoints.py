@@ -23,7 +23,6 @@ from megagpt.checkpoint.manifest import (
     Parameter,
     Piece,
     read_manifest,
-    sync_path,
     write_manifest,
 )
 from megagpt.checkpoint.reader import STEP_PREFIX, CheckpointReader, list_checkpoints
@@ -39,6 +38,7 @@ from megagpt.parallel.console import Console
 from megagpt.parallel.ranks import Ranks
 from megagpt.parallel.rng import rng_state
 from megagpt.plan import Plan
+from megagpt.storage.local import sync_path
 
 PROBE_POSITIONS = 32
 """Positions of the probe whose logits are kept: enough to tell models apart, little enough to keep for ever."""

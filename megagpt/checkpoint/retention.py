@@ -6,10 +6,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from megagpt.checkpoint.manifest import read_manifest, sync_path
+from megagpt.checkpoint.manifest import read_manifest
 from megagpt.checkpoint.reader import STEP_PREFIX, list_checkpoints
 from megagpt.errors import CheckpointError
 from megagpt.plan.config import CheckpointConfig
+from megagpt.storage.local import sync_path
 
 LATEST = "latest"
 BEST = "best"

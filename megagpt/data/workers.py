@@ -13,11 +13,12 @@ from typing import Any
 
 from megagpt.data.documents import Part
 from megagpt.data.encode import Encoder, Encoding
-from megagpt.data.files import sha256_of_file, write_whole
+from megagpt.data.files import write_whole
 from megagpt.data.inputs import Input
 from megagpt.data.progress import ByteProgress
 from megagpt.data.work import Plan, WorkFolder
 from megagpt.errors import DataError
+from megagpt.storage.local import sha256_of_file
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
