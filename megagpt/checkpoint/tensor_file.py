@@ -78,13 +78,15 @@ def write_tensors(path: Location, tensors: Mapping[str, Tensor], make: Callable[
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     start = len(_encoded(header))
-    write = _write_remote if isinstance(path, RemotePath) else _write_local
-    encoded = write(path, header, start + end, content)
+    if isinstance(path, RemotePath):
+        encoded = _write_remote(path, header, start + end, content)
+    else:
+        encoded = _write_local(path, header, content)
     assert len(encoded) == start  # only the digits of the hashes have changed
     return File(bytes=start + end, header_xxh3=xxhash.xxh3_128_hexdigest(encoded))
 
 
-def _write_local(path: Path, header: dict[str, Any], size: int, content: Callable[[str], memoryview]) -> bytes:
+def _write_local(path: Path, header: dict[str, Any], content: Callable[[str], memoryview]) -> bytes:
     """Write a file in one pass, the header with the hashes last; returns the header."""
     path.unlink(missing_ok=True)  # whoever reads the old one keeps it
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -107,10 +109,10 @@ def _write_remote(path: RemotePath, header: dict[str, Any], size: int, content: 
     for name in _names(header):
         header["__metadata__"][_HASH + name] = xxhash.xxh3_128_hexdigest(content(name))
     encoded = _encoded(header)
-    with upload(path, size) as file:
-        _write_all(file.write, memoryview(encoded))
+    with upload(path, size) as write:
+        _write_all(write, memoryview(encoded))
         for name in _names(header):
-            _write_all(file.write, content(name))
+            _write_all(write, content(name))
     return encoded
 
 

@@ -1,4 +1,4 @@
-"""Folders that are local or in an object store: reading parts of files, writing whole ones, listing, removing (no torch).
+"""Folders that are local or in an object store: read in parts, written whole, listed, removed (no torch).
 
 Local folders are `pathlib.Path`s and are worked with as such; what lies elsewhere is a `RemotePath`, which has the same
 methods as far as they make sense there. An object store has no rename: what makes several objects one whole has to be

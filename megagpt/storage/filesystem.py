@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from megagpt.errors import StorageError
+from megagpt.errors import MegagptError, StorageError
 
 REQUEST_SECONDS = 60.0
 """Wait for one answer; a request that stays without one is sent again."""
@@ -66,7 +66,7 @@ def filesystem(url: str) -> Any:
             import fsspec
 
             with worded(url):
-                _known[key] = fsspec.filesystem(key[1], **_options(key[1]))
+                _known[key] = fsspec.filesystem(key[1], skip_instance_cache=True, **_options(key[1]))
             if key[1] in ("s3", "s3a"):
                 _known[key].retries = ATTEMPTS
         return _known[key]
@@ -108,10 +108,10 @@ def worded(url: str) -> Iterator[None]:
     """
     try:
         yield
-    except (StorageError, AssertionError, TypeError, AttributeError):
+    except (MegagptError, AssertionError, TypeError, AttributeError):
         raise
     except FileNotFoundError as error:
-        if "bucket" in str(error).lower():
+        if "bucket does not exist" in str(error) or "NoSuchBucket" in type(error.__cause__).__name__:
             raise StorageError(
                 f"{url}: there is no such bucket ({_text(error)}); make it, or mend the name or the endpoint"
             ) from None

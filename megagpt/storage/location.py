@@ -1,6 +1,7 @@
 """Paths: local ones are `pathlib.Path`, those in an object store `RemotePath`."""
 
 import posixpath
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,20 +99,21 @@ class RemotePath:
         except FileNotFoundError:
             return
 
-    def copy_to(self, other: "RemotePath") -> None:
-        """Copy a file within the store; its bytes do not pass through this host."""
-        call(self.url, "cp_file", self.url, other.url)
+    def move_to(self, other: "RemotePath") -> None:
+        """Give a folder of files another name within the store: they are copied there, none passes through this host,
+        and removed here once all are."""
+        files = [path.name for path in self.iterdir()]
+        for name in files:
+            call(self.url, "cp_file", f"{self.url}/{name}", f"{other.url}/{name}")
+        self.remove_tree()
 
-    def require_writable(self, name: str) -> None:
+    def require_writable(self) -> None:
         """See that files can be written to, read from and removed from this folder.
-
-        Args:
-            name: of the file that is written for that and removed again.
 
         Raises:
             StorageError: they cannot.
         """
-        probe = self / name
+        probe = self / f".probe-{secrets.token_hex(4)}"
         probe.write_bytes(b"may be removed\n")
         probe.read_bytes()
         probe.unlink()
@@ -141,3 +143,16 @@ def location(text: str | Path | RemotePath) -> Location:
     if protocol in ("file", "local"):
         return Path(rest)
     return RemotePath(f"{protocol}://{rest.rstrip('/')}")
+
+
+def rename(folder: Location, name: str) -> None:
+    """Give a folder of files another name; in an object store that copies them, and what is killed leaves both.
+
+    Raises:
+        OSError: it cannot be done.
+        StorageError: the store refuses or does not answer.
+    """
+    if isinstance(folder, RemotePath):
+        folder.move_to(folder.with_name(name))
+    else:
+        folder.rename(folder.with_name(name))

@@ -2,9 +2,9 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from megagpt.storage.filesystem import call, filesystem, worded
 from megagpt.storage.location import Location, RemotePath
@@ -122,8 +122,8 @@ class RemoteRanges:
 
 
 @contextlib.contextmanager
-def upload(path: RemotePath, size: int) -> Iterator[Any]:
-    """A file in an object store to `write` to from its start on; it is there once the block has ended, or not at all.
+def upload(path: RemotePath, size: int) -> Iterator[Callable[[memoryview], int]]:
+    """What writes to a file in an object store, from its start on; it is there once the block has ended, or not at all.
 
     Args:
         path: the file; replaced if it exists.
@@ -135,9 +135,14 @@ def upload(path: RemotePath, size: int) -> Iterator[Any]:
     part = max(2 * _REQUEST_BYTES, -(-size // _MOST_PARTS))
     with worded(path.url):
         file = filesystem(path.url).open(path.url, "wb", block_size=part)
-    try:
+
+    def write(data: memoryview) -> int:
         with worded(path.url):
-            yield file
+            return file.write(data)
+
+    try:
+        yield write
+        with worded(path.url):
             file.close()
     except BaseException:
         with contextlib.suppress(Exception):  # the first error counts; the next save has the parts forgotten
