@@ -16,7 +16,6 @@ import megagpt
 from megagpt.data import manifest as manifests
 from megagpt.data.documents import read_documents
 from megagpt.data.encode import Encoder, Encoding, OnBadLine
-from megagpt.data.files import remove_temporary, sha256_of_file
 from megagpt.data.indexed import IndexedWriter, bin_path, dtype_for_vocabulary, idx_path
 from megagpt.data.inputs import Format, Input, find_inputs
 from megagpt.data.job_rank import ALONE, JobRank
@@ -27,6 +26,7 @@ from megagpt.data.progress import ByteProgress
 from megagpt.data.work import DamagedWorkError, Plan, WorkFolder, plan_units
 from megagpt.data.workers import Todo, WorkerKilledError, run_here, run_in_processes
 from megagpt.errors import DataError
+from megagpt.storage.local import remove_temporary, sha256_of_file
 from megagpt.tokenization.codec import Codec
 from megagpt.tokenization.gigatoken_codec import fast_codec
 from megagpt.tokenization.tokenizer import Tokenizer

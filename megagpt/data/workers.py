@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from megagpt.data.documents import Part
 from megagpt.data.encode import Encoder, Encoding
-from megagpt.data.files import sha256_of_file, write_whole
+from megagpt.data.files import write_whole
 from megagpt.data.inputs import Input
 from megagpt.data.progress import ByteProgress
 from megagpt.data.work import Plan, WorkFolder
 from megagpt.errors import DataError
+from megagpt.storage.local import sha256_of_file
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
