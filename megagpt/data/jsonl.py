@@ -41,6 +41,18 @@ def parse_texts(line: bytes, text_keys: Sequence[str]) -> list[str]:
     return texts
 
 
+def parse_string(content: str) -> str:
+    """The text of a JSON string, given without its quotes; halves of surrogate pairs stay as they are.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return _fast_loads(f'"{content}"'.encode())
+    except ValueError:
+        return json.loads(f'"{content}"')
+
+
 def _parse_slowly(line: bytes, text_keys: Sequence[str]) -> list[str]:
     """By the standard library alone, which decides what is JSON, and says what is not."""
     try:

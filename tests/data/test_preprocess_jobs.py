@@ -136,6 +136,26 @@ def test_a_full_disk_keeps_what_is_done(corpus, tmp_path, monkeypatch):
     assert same_files(tmp_path / "d", corpus / "whole")
 
 
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [("00000001.0.tokens", 3), ("00000001.0.lengths", 0), ("00000001.json", 0), ("input-00000000.json", 0)],
+)
+def test_what_a_crash_of_the_machine_has_emptied_is_made_anew(corpus, tmp_path, name, keep, seed):
+    """Units are not waited for until they are on the disk."""
+    wanted = job(corpus, tmp_path, seed=seed)
+    for rank in (0, 1):
+        assert run_job(wanted, ranks=JobRank(rank, 3)) == []
+    os.truncate(tmp_path / "d.work" / name, keep)
+    with pytest.raises(DataError, match=r"is not as it was written .*; start again to do this part anew"):
+        run_job(wanted, ranks=JobRank(2, 3))
+    assert not bin_path(tmp_path / "d").exists()
+    units = {path.name for path in (tmp_path / "d.work").glob("0*.json")}
+    run_job(wanted)
+    assert len(units) > 3
+    assert same_files(tmp_path / "d", corpus / ("whole" if seed is None else "shuffled"))
+
+
 def test_a_complete_dataset_is_left_alone(corpus, tmp_path, capsys):
     made = run_job(job(corpus, tmp_path))
     before = bin_path(tmp_path / "d").stat().st_mtime_ns
