@@ -43,7 +43,7 @@ class Document(NamedTuple):
 
     def error(self, fault: BadLineError) -> DataError:
         """What to raise if this is no document."""
-        return DataError(f"{self.locate()}: {fault}; mend the line or pass --on-bad-line skip")
+        return DataError(f"{self.locate()}: {fault}; {fault.fix} or pass --on-bad-line skip")
 
 
 def read_documents(
