@@ -59,10 +59,10 @@ class ByteProgress:
         elif now - self._reported_at >= _SECONDS_BETWEEN_LINES:
             self._reported_at = now
             done, total = self._done / 1e6, self._total / 1e6
-            left = (self._total - self._done) / max(self._rate(now), 1.0)
+            rate = self._rate(now)
+            left = f", {_duration((self._total - self._done) / rate)} left" if rate else ""
             print(
-                f"{self._title}: {done:.0f} of {total:.0f} MB ({done / total:.0%}), {self._speed(now)},"
-                f" {_duration(left)} left",
+                f"{self._title}: {done:.0f} of {total:.0f} MB ({done / total:.0%}), {self._speed(now)}{left}",
                 file=sys.stderr,
                 flush=True,
             )

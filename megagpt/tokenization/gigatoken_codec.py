@@ -1,4 +1,4 @@
-"""gigatoken, a much faster implementation of byte-level BPE, where it gives the ids of the `tokenizers` library.
+"""gigatoken (MIT licence), a much faster byte-level BPE, where it gives the ids of the `tokenizers` library.
 
 It is another program, so nothing is taken on trust: it is used only if it agrees on a probe of the actual corpus, one
 document of many is encoded twice while it is used, and texts in which an added token is spelt out (where the two are

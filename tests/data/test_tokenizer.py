@@ -48,6 +48,14 @@ def test_batch_equals_single(tokenizer):
     assert tokenizer.encode_batch([]) == []
 
 
+def test_arrays_hold_the_same_ids(tokenizer, monkeypatch):
+    texts = [*TEXTS[:5], "", "</s>"]
+    for is_new_library in (True, False):
+        monkeypatch.setattr(tokenizer.codec, "_gives_arrays", tokenizer.codec._gives_arrays and is_new_library)
+        found = tokenizer.codec.encode_arrays(texts, 1)
+        assert [ids.tolist() for ids in found] == tokenizer.encode_batch(texts)
+
+
 def test_common_words_are_short(tokenizer):
     assert len(tokenizer.encode("The quick brown fox")) < 10
 

@@ -94,6 +94,7 @@ def test_hf_gives_the_ids_of_transformers(hf, text):
     ids = tokenizer.encode(text)
     assert ids == reference(text)["input_ids"]
     assert tokenizer.encode_batch([text, "x"], threads=2)[0] == ids
+    assert tokenizer.codec.encode_arrays([text], 1)[0].tolist() == ids
     assert tokenizer.decode(ids) == text.replace(END, "")
 
 
@@ -164,6 +165,7 @@ def test_tiktoken_gives_its_ids(ranks, text):
     ids = tokenizer.encode(text)
     assert ids == reference.encode_ordinary(text)
     assert tokenizer.encode_batch([text, "x"], threads=2)[0] == ids
+    assert tokenizer.codec.encode_arrays([text], 1)[0].tolist() == ids
     assert tokenizer.decode(ids) == text
 
 
