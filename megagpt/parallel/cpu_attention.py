@@ -2,7 +2,8 @@
 
 torch's fused kernel for the CPU multiplies small bf16 blocks with MKL, which is slow on AMD processors: bf16 takes as
 long as fp32 there. Here each block of queries is multiplied with all its keys by oneDNN's bf16 kernels, in half the
-time; what is in memory of the scores stays small. Scores are rounded to bf16, as in any attention that is no fused kernel; softmax is in fp32.
+time; what is in memory of the scores stays small. Scores are rounded to bf16, as in any attention that is no fused
+kernel; softmax is in fp32.
 
 Shapes: B micro-batch, N query heads, G key/value heads, S sequence, D channels per head; H = B G, R = N / G query heads
 that share a key, Q queries of a block, K keys that they see.
