@@ -1,7 +1,7 @@
 """Between reports nothing asks the device for a value, but for what is listed here.
 
-On the CPU a value is there at once; on a GPU whoever asks for it waits until all work before it is done. So each question
-that a step asks is caught on its way to torch, with the function that asks it.
+On the CPU a value is there at once; on a GPU whoever asks for it waits until all work before it is done. So each
+question that a step asks is caught on its way to torch, with the function that asks it.
 """
 
 import sys
@@ -76,8 +76,8 @@ def questions_of_a_step(plan) -> Counter:
     return found
 
 
-# DeepSpeed's own, once the last gradient is there: a step whose gradients are no numbers must not reach the weights, and
-# the factor of clipping is computed by the host. No option turns them off.
+# DeepSpeed's own, once the last gradient is there: gradients that are no numbers must not reach the weights, and the
+# factor of clipping is computed by the host. No option turns them off.
 UPDATE = {"is_invalid_grad_norm"}
 CLIPPING_BF16 = {"clip_tensors_by_global_norm"}
 OVERFLOW_16_BIT = {"has_overflow"}
