@@ -14,7 +14,7 @@ PACE = 0.4
 STEPS_BETWEEN = 6
 """More than from one checkpoint to the next, so that a restart always has made progress."""
 START_SECONDS = 180.0
-SAID_WITHIN = 60.0
+ENDED_WITHIN = 60.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
@@ -38,6 +38,8 @@ class Fault:
     num_nodes: int = 2
     steps: int = 8
     """That a run needs for it."""
+    patience: float = 60.0
+    """Seconds from the fault to its words."""
     once: bool = False
     """Whether a run can meet it but once."""
     sections: tuple[tuple[str, dict], ...] = ()
@@ -103,16 +105,16 @@ class Drill:
         self._mark = len(self.output())
         job, before = self.job, time.monotonic()
         fault.inject(self)
-        patience = SAID_WITHIN if fault.plant == "" else START_SECONDS
+        patience = fault.patience if fault.plant == "" else START_SECONDS
         self._until(lambda: re.search(fault.words, self.new_output()), patience, fault.words)
         said = time.monotonic()
         if fault.then != "on":
-            self._until(lambda: self._has_left(job), SAID_WITHIN, f"end of job {job}")
+            self._until(lambda: self._has_left(job), ENDED_WITHIN, f"end of job {job}")
         gone = time.monotonic()
         line = re.search(f".*(?:{fault.words}).*", self.new_output())
         fault.mend(self)
         if fault.then == "by hand":
-            self.cluster.wait_for(self.job, ENDED, SAID_WITHIN)
+            self.cluster.wait_for(self.job, ENDED, ENDED_WITHIN)
             self.job = self.submit()
         return Met(said - before, gone - said, line[0].strip() if line and fault.words else "")
 

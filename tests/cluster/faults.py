@@ -76,9 +76,11 @@ FAULTS = {
         once=True,
     ),
     "first node lost, another one free": Fault(
-        lambda drill: ctl(drill, "kill-node", "node1"),
-        "",
+        lambda drill: ctl(drill, "kill-node", "node1"),  # with what prints the job's output
+        "the start before this one was ended: rank [01] on node1 does not run any more",
+        then="on",
         num_nodes=3,
+        patience=120.0,
         once=True,
     ),
     "link cut for 6 s": Fault(lambda drill: cut_for(drill, 6.0), "", then="on"),
