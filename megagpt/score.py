@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from megagpt.parallel.launch import Launch
 from megagpt.parallel.ranks import Ranks, start_ranks, stop_ranks
 from megagpt.plan import Plan
 from megagpt.plan.data_config import NamedPrefix
+from megagpt.storage import Location
+from megagpt.storage.local import write_whole
 
 SPLITS = ("validation", "test")
 
@@ -39,7 +40,7 @@ class Score:
 def score_checkpoint(
     plan: Plan,
     launch: Launch,
-    folder: Path,
+    folder: Location,
     splits: tuple[str, ...] = SPLITS,
     datasets: tuple[str, ...] = (),
     most_samples: int | None = None,
@@ -77,7 +78,7 @@ def score_checkpoint(
     return scores
 
 
-def load_weights(folder: Path, engine: Engine, plan: Plan, ranks: Ranks) -> None:
+def load_weights(folder: Location, engine: Engine, plan: Plan, ranks: Ranks) -> None:
     """Give an engine the weights of a checkpoint, and nothing else of it; collective. Each tensor is compared with its
     hash.
 
@@ -100,7 +101,7 @@ def load_weights(folder: Path, engine: Engine, plan: Plan, ranks: Ranks) -> None
         raise CheckpointError(problems[0])
 
 
-def write_scores(path: Path, scores: list[Score], plan: Plan, folder: Path, step: int) -> None:
+def write_scores(path: Path, scores: list[Score], plan: Plan, folder: Location, step: int) -> None:
     """Write what was found as JSON, whole or not at all."""
     tree: dict[str, Any] = {
         "checkpoint": str(folder),
@@ -118,13 +119,7 @@ def write_scores(path: Path, scores: list[Score], plan: Plan, folder: Path, step
         "results": [asdict(score) for score in scores],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        json.dump(tree, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, (json.dumps(tree, indent=2) + "\n").encode())
 
 
 def _open(plan: Plan, splits: tuple[str, ...], datasets: tuple[str, ...]) -> list[tuple[str | None, HeldOut]]:

@@ -12,12 +12,15 @@ from megagpt.parallel.console import muted, quiet_libraries
 from megagpt.parallel.launch import detect_launch
 from megagpt.plan import describe, load_deepspeed_config
 from megagpt.plan.evaluation import evaluation_plan, read_saved_run
+from megagpt.storage import location
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint, or a run's checkpoint directory")
+    parser.add_argument(
+        "--checkpoint", required=True, type=location, help="a checkpoint, or a run's checkpoint directory"
+    )
     parser.add_argument("--split", nargs="+", choices=["validation", "test"], help="of the run's data (default: both)")
     parser.add_argument("--data", nargs="+", metavar="PREFIX", help="datasets to take instead, each as a whole")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")

@@ -6,7 +6,6 @@ Read from the checkpoint's manifest alone, without torch, so that it can be made
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megagpt.errors import CheckpointError
@@ -15,6 +14,7 @@ from megagpt.plan.config import RunConfig
 from megagpt.plan.deepspeed_config import DeepSpeedConfig, deepspeed_config_from_dict
 from megagpt.plan.plan import Plan, make_plan
 from megagpt.plan.recompute import FULL_ONLY_KEYS
+from megagpt.storage import Location, RemotePath
 
 _LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
            "expert_model_parallel_size", "pipeline_partition", "sequence_parallel")  # fmt: skip
@@ -25,7 +25,7 @@ _PRECISION = ("bf16", "bfloat16", "fp16", "data_types")
 class SavedRun:
     """What a checkpoint says of the run that wrote it."""
 
-    folder: Path
+    folder: Location
     step: int
     tree: dict[str, Any]
     """Its run config."""
@@ -47,21 +47,24 @@ class SavedRun:
         return load.run_config_from_dict(tree, f"{source} with the command line's overrides" if overrides else source)
 
 
-def read_saved_run(path: Path) -> SavedRun:
+def read_saved_run(path: Location) -> SavedRun:
     """Look into a checkpoint, or the newest one of a run's checkpoint directory; no weights are read.
 
     Raises:
         CheckpointError: there is none, or its manifest cannot be read.
+        StorageError: the store refuses or does not answer.
     """
-    folders = sorted(path.glob("step-*/manifest.json")) if path.is_dir() else []
     manifest = path / "manifest.json"
     if not manifest.is_file():
-        complete = [found for found in folders if found.parent.name[5:].isdigit()]
-        if not complete:
+        here = path.iterdir() if isinstance(path, RemotePath) or path.is_dir() else ()
+        named = [folder for folder in here if folder.name.startswith("step-") and folder.name[5:].isdigit()]
+        manifests = (folder / "manifest.json" for folder in sorted(named, key=lambda found: found.name, reverse=True))
+        newest = next((found for found in manifests if found.is_file()), None)
+        if newest is None:
             raise CheckpointError(
                 f"{path}: no checkpoint here; give a folder with manifest.json, or one with step-N folders"
             )
-        manifest = complete[-1]
+        manifest = newest
     try:
         tree = json.loads(manifest.read_text())
         return SavedRun(manifest.parent, int(tree["step"]), dict(tree["run"]), dict(tree["deepspeed"]))
@@ -89,6 +92,7 @@ def evaluation_plan(
     run, tree = saved.with_overrides(overrides), saved.run.model_dump(mode="json")
     tree["training"] = {key: value for key, value in tree["training"].items() if not _is_for_backward(key)}
     tree["optimizer"] = {**tree["optimizer"], "name": "sgd"}  # keeps nothing beside the weights
+    tree["checkpoint"] = tree["logging"] = {}  # of no use here, and perhaps of a place that this host does not know
     if world_size % run.parallel.ranks_per_replica:
         tree["parallel"] = {key: value for key, value in tree["parallel"].items() if key not in _LAYOUT}
     run = SavedRun(saved.folder, saved.step, tree, {}).with_overrides(overrides)

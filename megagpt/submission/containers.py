@@ -43,7 +43,7 @@ def folders_outside(paths: Sequence[str]) -> list[Path]:
     """Existing folders outside the working directory which hold some paths; none of them within another."""
     here = Path.cwd().resolve()
     folders = set()
-    for text in paths:
+    for text in (path for path in paths if "://" not in path):
         path = Path(re.split(r"[*?\[]", text)[0]).absolute()
         folder = path if path.is_dir() else path.parent
         folder = next(found for found in (folder, *folder.parents) if found.exists()).resolve()

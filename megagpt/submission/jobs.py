@@ -9,6 +9,7 @@ from pathlib import Path
 from megagpt.errors import ConfigError, DataError, LaunchError
 from megagpt.plan import Plan, RunConfig, load_deepspeed_config, load_run_config, make_plan
 from megagpt.plan.evaluation import evaluation_plan, read_saved_run
+from megagpt.storage import location
 from megagpt.submission.partition import Partition, find_partition
 from megagpt.submission.resources import Request, Shape, find_shape, find_time, require_positive
 
@@ -87,7 +88,7 @@ def evaluation_job(
         ConfigError: a rule of the plan is broken, or the nodes do not fit the ranks.
         LaunchError: partition or time are wrong.
     """
-    saved = read_saved_run(Path(checkpoint))
+    saved = read_saved_run(location(checkpoint))
     partition = find_partition(request.partition)
     shape = find_shape(request, partition, saved.with_overrides(overrides).parallel.ranks_per_replica)
     plan = evaluation_plan(saved, shape.world_size, overrides)
@@ -112,7 +113,7 @@ def conversion_job(request: Request, checkpoint: str, output: str, words: Sequen
         ConfigError: the folder exists already.
         LaunchError: partition or time are wrong.
     """
-    saved = read_saved_run(Path(checkpoint))
+    saved = read_saved_run(location(checkpoint))
     if Path(output).exists() and "--overwrite" not in words:
         raise ConfigError(f"{output} exists already; give another folder, or `-- --overwrite` to replace it")
     partition, batch_file = find_partition(request.partition), _batch_file("convert")
