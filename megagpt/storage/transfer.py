@@ -4,9 +4,10 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from megagpt.storage.filesystem import call, filesystem, worded
+from megagpt.storage import filesystem
+from megagpt.storage.filesystem import call, within, worded
 from megagpt.storage.location import Location, RemotePath
 
 _LOCAL_BYTES = 1 << 20
@@ -19,6 +20,8 @@ _AHEAD_BYTES = 2 << 20
 """Read at least, where small reads follow each other."""
 _MOST_PARTS = 9000
 """S3 knows 10,000 parts of a file."""
+_DISCARD_SECONDS = 10.0
+"""Wait for a store to forget a file that could not be written: it may be why."""
 
 
 class Ranges(Protocol):
@@ -133,19 +136,26 @@ def upload(path: RemotePath, size: int) -> Iterator[Callable[[memoryview], int]]
         StorageError: the store refuses or does not answer.
     """
     part = max(2 * _REQUEST_BYTES, -(-size // _MOST_PARTS))
-    with worded(path.url):
-        file = filesystem(path.url).open(path.url, "wb", block_size=part)
+    pending = bytearray()
+
+    def send(action: Callable[[], Any]) -> None:
+        with worded(path.url):
+            within(filesystem.WHOLE_SECONDS, action)
 
     def write(data: memoryview) -> int:
-        with worded(path.url):
-            return file.write(data)
+        pending.extend(data)
+        if len(pending) >= part:
+            send(lambda: file.write(pending))
+            pending.clear()
+        return len(data)
 
+    with worded(path.url):
+        file = filesystem.filesystem(path.url).open(path.url, "wb", block_size=part)
     try:
         yield write
-        with worded(path.url):
-            file.close()
+        send(lambda: (file.write(pending), file.close()))
     except BaseException:
         with contextlib.suppress(Exception):  # the first error counts; the next save has the parts forgotten
-            file.discard()
+            within(_DISCARD_SECONDS, file.discard)
         file.closed = True  # or its end would publish what there is of it
         raise
