@@ -39,8 +39,13 @@ def publish(temporary: Path, final: Path) -> None:
     sync_path(final.parent)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, durable: bool = True) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part; its folder must exist.
+
+    Args:
+        path: the file.
+        content: all of it.
+        durable: wait until the disk has it; without that a crash of the machine (not of the process) may empty it.
 
     Raises:
         OSError: the file cannot be written.
@@ -49,9 +54,13 @@ def write_whole(path: Path, content: bytes) -> None:
     try:
         with temporary.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        if durable:
+            publish(temporary, path)
+        else:
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
