@@ -1,6 +1,7 @@
 """Large files, local or in an object store: reading parts of them into memory, and writing them in one go."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,6 +123,24 @@ class RemoteRanges:
     def close(self) -> None:
         """Free what was read ahead."""
         self._ahead = 0, b""
+
+
+def sha256_of(path: Location) -> str:
+    """SHA-256 of a file's content as 64 hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+        StorageError: the store refuses or does not answer.
+    """
+    ranges, digest, done = open_ranges(path), hashlib.sha256(), 0
+    memory = memoryview(bytearray(min(ranges.chunk_bytes, max(ranges.size, 1))))
+    try:
+        while count := ranges.read_into(memory, done):
+            digest.update(memory[:count])
+            done += count
+    finally:
+        ranges.close()
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
