@@ -18,7 +18,7 @@ from megagpt.data.inputs import Input
 from megagpt.data.progress import ByteProgress
 from megagpt.data.work import Plan, WorkFolder
 from megagpt.errors import DataError
-from megagpt.storage.local import sha256_of_file
+from megagpt.storage.transfer import sha256_of
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -40,7 +40,7 @@ class _Worker:
 
     def hash(self, index: int, target: Path) -> None:
         try:
-            found = sha256_of_file(Path(self._inputs[index].path))
+            found = sha256_of(Path(self._inputs[index].path))
         except OSError as error:
             raise DataError(f"input {self._inputs[index].path} cannot be read ({error.strerror})") from None
         write_whole(target, json.dumps(found).encode(), durable=False)
