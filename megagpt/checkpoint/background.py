@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint.tensor_file import host_memory
 from megagpt.errors import CheckpointError
+from megagpt.host_tensors import host_memory
 from megagpt.parallel.consensus import Consensus
 from megagpt.parallel.ranks import Ranks
 from megagpt.parallel.side_group import SideGroup

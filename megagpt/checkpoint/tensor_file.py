@@ -7,7 +7,6 @@ thereby stands for the whole file.
 """
 
 import json
-import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -22,16 +21,20 @@ from torch import Tensor
 
 from megagpt.checkpoint.manifest import File
 from megagpt.errors import CheckpointError
+from megagpt.host_tensors import CHUNK_BYTES, bytes_of, read_elements
 
-_CODES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
+_CODES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
 _HASH = "xxh3/"
 _NO_HASH = "0" * 32
 _MAX_HEADER_BYTES = 100_000_000
 """As the safetensors library has it."""
-_CHUNK_BYTES = 1 << 20
-"""Read or written at once: still in the processor's cache when it is hashed."""
-_MIN_HUGE_BYTES = 1 << 22
 
 
 class DamagedError(CheckpointError):
@@ -55,7 +58,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], make: Callable[[str
 
     Args:
         path: the file; replaced if it exists.
-        tensors: float32, int64 or uint8, on any device.
+        tensors: floating point, int64 or uint8, on any device.
         make: gives each tensor when its turn comes; those of `tensors` then only say type and shape.
 
     Raises:
@@ -72,7 +75,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], make: Callable[[str
     try:
         os.lseek(descriptor, start, os.SEEK_SET)
         for name, tensor in tensors.items():
-            data = _bytes_of((tensor if make is None else make(name)).detach().cpu().contiguous())
+            data = bytes_of((tensor if make is None else make(name)).detach().cpu().contiguous())
             assert len(data) == tensor.numel() * tensor.element_size(), name
             header["__metadata__"][_HASH + name] = _write_all(descriptor, data)
         encoded = _encoded(header)  # as long as before: only the digits of the hashes have changed
@@ -142,84 +145,87 @@ class TensorFile:
 
         Args:
             name: of the tensor.
-            out: memory to read into, 1-D uint8 on the CPU, at least as long as the tensor; default: new memory.
+            out: contiguous tensor on the CPU with as many elements, of any type, to read into; default: a new one.
 
         Returns:
-            The tensor; a view of `out` if that was given.
+            The tensor; `out` if that was given.
 
         Raises:
             DamagedError: there is no such tensor, it cannot be read or its content has changed.
         """
-        if name not in self.entries:
-            raise DamagedError(f"{self.path}: {name} is missing; the file is not ours")
-        entry = self.entries[name]
-        data = (host_memory(entry.bytes) if out is None else out)[: entry.bytes]
-        view, done, digest = _bytes_of(data), 0, xxhash.xxh3_128()
-        try:
-            while done < entry.bytes:
-                count = os.preadv(self._descriptor, [view[done : done + _CHUNK_BYTES]], entry.begin + done)
-                if count == 0:
-                    raise DamagedError(f"{self.path}: ends within {name}: truncated")
-                digest.update(view[done : done + count])
-                done += count
-        except OSError as error:
-            raise DamagedError(f"{self.path}: {name}: not readable ({error.strerror})") from None
-        if digest.hexdigest() != entry.xxh3:
-            raise DamagedError(f"{self.path}: {name}: the hash differs from what was saved: the content has changed")
-        self._verified.add(name)
-        return data.view(entry.dtype).view(entry.shape) if entry.bytes else torch.empty(entry.shape, dtype=entry.dtype)
+        entry = self._entry(name)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype) if out is None else out
+        assert tensor.numel() == prod(entry.shape), name
+        digest = xxhash.xxh3_128()
+        self._read(name, entry.begin, entry.dtype, tensor, digest.update)
+        self._require_same(name, digest.hexdigest())
+        return tensor
 
-    def read_part(self, name: str, begin: int, out: Tensor) -> None:
-        """Some bytes of a tensor, after the hash of all of it has been compared, once.
+    def read_part(self, name: str, first: int, out: Tensor) -> None:
+        """Some elements of a tensor, after the hash of all of it has been compared, once.
 
         Args:
             name: of the tensor.
-            begin: its first byte that is wanted.
-            out: memory to fill, 1-D uint8 on the CPU.
+            first: its first element that is wanted.
+            out: contiguous tensor on the CPU, of any type, to fill.
 
         Raises:
             DamagedError: as for `read`.
         """
+        entry = self._entry(name)
+        if name not in self._verified and out.numel() == prod(entry.shape):
+            self.read(name, out)
+            return
         if name not in self._verified:
             self._compare(name)
-        view, offset = _bytes_of(out), self.entries[name].begin + begin
-        while len(view):
-            try:
-                count = os.preadv(self._descriptor, [view[: 1 << 30]], offset)
-            except OSError as error:
-                raise DamagedError(f"{self.path}: {name}: not readable ({error.strerror})") from None
-            if count == 0:
-                raise DamagedError(f"{self.path}: ends within {name}: truncated")
-            view, offset = view[count:], offset + count
-
-    def _compare(self, name: str) -> None:
-        """Compare the hash of a tensor in little memory."""
-        if name not in self.entries:
-            raise DamagedError(f"{self.path}: {name} is missing; the file is not ours")
-        entry, digest, done = self.entries[name], xxhash.xxh3_128(), 0
-        while done < entry.bytes:
-            try:
-                chunk = os.pread(self._descriptor, min(_CHUNK_BYTES, entry.bytes - done), entry.begin + done)
-            except OSError as error:
-                raise DamagedError(f"{self.path}: {name}: not readable ({error.strerror})") from None
-            if not chunk:
-                raise DamagedError(f"{self.path}: ends within {name}: truncated")
-            digest.update(chunk)
-            done += len(chunk)
-        if digest.hexdigest() != entry.xxh3:
-            raise DamagedError(f"{self.path}: {name}: the hash differs from what was saved: the content has changed")
-        self._verified.add(name)
+        self._read(name, entry.begin + first * entry.dtype.itemsize, entry.dtype, out)
 
     def verify_rest(self) -> None:
-        """Read and compare what has not been read yet.
+        """Read and compare what has not been read yet, in little memory.
 
         Raises:
             DamagedError: something has changed.
         """
-        rest = [name for name in self.entries if name not in self._verified]
-        memory = host_memory(max((self.entries[name].bytes for name in rest), default=0))
-        for name in rest:
-            self.read(name, memory)
+        for name in self.entries:
+            if name not in self._verified:
+                self._compare(name)
+
+    def _compare(self, name: str) -> None:
+        """Compare the hash of a tensor, of which nothing is kept."""
+        entry, digest = self._entry(name), xxhash.xxh3_128()
+        memory = torch.empty(min(CHUNK_BYTES, entry.bytes), dtype=torch.uint8)
+        for done in range(0, entry.bytes, CHUNK_BYTES):
+            chunk = memory[: entry.bytes - done]
+            self._read(name, entry.begin + done, torch.uint8, chunk, digest.update)
+        self._require_same(name, digest.hexdigest())
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise DamagedError(f"{self.path}: {name} is missing; the file is not ours")
+        return self.entries[name]
+
+    def _read(
+        self,
+        name: str,
+        offset: int,
+        dtype: torch.dtype,
+        out: Tensor,
+        seen: Callable[[memoryview], object] = lambda chunk: None,
+    ) -> None:
+        try:
+            whole = read_elements(self._read_into, offset, dtype, out, seen)
+        except OSError as error:
+            raise DamagedError(f"{self.path}: {name}: not readable ({error.strerror})") from None
+        if not whole:
+            raise DamagedError(f"{self.path}: ends within {name}: truncated")
+
+    def _read_into(self, memory: memoryview, offset: int) -> int:
+        return os.preadv(self._descriptor, [memory], offset)
+
+    def _require_same(self, name: str, xxh3: str) -> None:
+        if xxh3 != self.entries[name].xxh3:
+            raise DamagedError(f"{self.path}: {name}: the hash differs from what was saved: the content has changed")
+        self._verified.add(name)
 
 
 def parse_header(path: Path, text: bytes, start: int, size: int) -> dict[str, Entry]:
@@ -265,22 +271,6 @@ def parse_header(path: Path, text: bytes, start: int, size: int) -> dict[str, En
     return entries
 
 
-def host_memory(count: int, pinned: bool = False) -> Tensor:
-    """`count` bytes of host memory as a uint8 vector; large ones in huge pages, where the first touch costs far less.
-
-    Args:
-        count: bytes.
-        pinned: locked, for fast copies from a GPU.
-    """
-    if pinned:
-        return torch.empty(count, dtype=torch.uint8, pin_memory=True)
-    if count < _MIN_HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(count, dtype=torch.uint8)
-    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
-
-
 def _are_sizes(values: Any) -> bool:
     if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
         return False
@@ -289,10 +279,6 @@ def _are_sizes(values: Any) -> bool:
 
 def _is_span(values: Any) -> bool:
     return isinstance(values, list) and len(values) == 2 and all(type(value) is int for value in values)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _encoded(header: dict[str, Any]) -> bytes:
@@ -304,8 +290,8 @@ def _encoded(header: dict[str, Any]) -> bytes:
 def _write_all(descriptor: int, data: memoryview) -> str:
     """Write all of it; the XXH3-128 of what was written."""
     digest = xxhash.xxh3_128()
-    for begin in range(0, len(data), _CHUNK_BYTES):
-        chunk = data[begin : begin + _CHUNK_BYTES]
+    for begin in range(0, len(data), CHUNK_BYTES):
+        chunk = data[begin : begin + CHUNK_BYTES]
         digest.update(chunk)
         while len(chunk):
             chunk = chunk[os.write(descriptor, chunk) :]
