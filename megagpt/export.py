@@ -19,6 +19,7 @@ from megagpt.host_tensors import MemoryPool, one_thread
 from megagpt.layerwise import LayerwiseGPT
 from megagpt.parallel.cpu_memory import return_freed_memory
 from megagpt.parallel.ranks import start_single_process
+from megagpt.storage import Location
 
 AGAINST_MODEL = "the checkpoint's model"
 """The same weights in megagpt's own model, both computing in fp32."""
@@ -29,7 +30,7 @@ PROBE_POSITIONS = 32
 
 
 def export_checkpoint(
-    checkpoint: Path,
+    checkpoint: Location,
     output: Path,
     dtype: Dtype = "float32",
     tokenizer: str | None = None,

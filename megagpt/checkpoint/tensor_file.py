@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from torch import Tensor
 from megagpt.checkpoint.manifest import File
 from megagpt.errors import CheckpointError
 from megagpt.host_tensors import CHUNK_BYTES, bytes_of, read_elements
+from megagpt.storage import Location, RemotePath
+from megagpt.storage.transfer import open_ranges, upload
 
 _CODES = {
     torch.float32: "F32",
@@ -53,39 +56,71 @@ class Entry:
     xxh3: str
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], make: Callable[[str], Tensor] | None = None) -> File:
+def write_tensors(path: Location, tensors: Mapping[str, Tensor], make: Callable[[str], Tensor] | None = None) -> File:
     """Write a file and have it on the disk; memory holds one tensor at a time if they come from a device.
 
     Args:
         path: the file; replaced if it exists.
         tensors: floating point, int64 or uint8, on any device.
-        make: gives each tensor when its turn comes; those of `tensors` then only say type and shape.
+        make: gives each tensor when its turn comes, twice for a remote file, which need last only until the next one;
+            those of `tensors` then only say type and shape.
 
     Raises:
         OSError: it cannot be written.
+        StorageError: the store refuses or does not answer.
     """
+
+    def content(name: str) -> memoryview:
+        data = bytes_of((tensors[name] if make is None else make(name)).detach().cpu().contiguous())
+        assert len(data) == tensors[name].numel() * tensors[name].element_size(), name
+        return data
+
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **{_HASH + name: _NO_HASH for name in tensors}}}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     start = len(_encoded(header))
+    if isinstance(path, RemotePath):
+        encoded = _write_remote(path, header, start + end, content)
+    else:
+        encoded = _write_local(path, header, content)
+    assert len(encoded) == start  # only the digits of the hashes have changed
+    return File(bytes=start + end, header_xxh3=xxhash.xxh3_128_hexdigest(encoded))
+
+
+def _write_local(path: Path, header: dict[str, Any], content: Callable[[str], memoryview]) -> bytes:
+    """Write a file in one pass, the header with the hashes last; returns the header."""
     path.unlink(missing_ok=True)  # whoever reads the old one keeps it
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    write = partial(os.write, descriptor)
     try:
-        os.lseek(descriptor, start, os.SEEK_SET)
-        for name, tensor in tensors.items():
-            data = bytes_of((tensor if make is None else make(name)).detach().cpu().contiguous())
-            assert len(data) == tensor.numel() * tensor.element_size(), name
-            header["__metadata__"][_HASH + name] = _write_all(descriptor, data)
-        encoded = _encoded(header)  # as long as before: only the digits of the hashes have changed
-        assert len(encoded) == start
+        os.lseek(descriptor, len(_encoded(header)), os.SEEK_SET)
+        for name in _names(header):
+            header["__metadata__"][_HASH + name] = _write_all(write, content(name))
+        encoded = _encoded(header)
         os.lseek(descriptor, 0, os.SEEK_SET)
-        _write_all(descriptor, memoryview(encoded))
+        _write_all(write, memoryview(encoded))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return File(bytes=start + end, header_xxh3=xxhash.xxh3_128_hexdigest(encoded))
+    return encoded
+
+
+def _write_remote(path: RemotePath, header: dict[str, Any], size: int, content: Callable[[str], memoryview]) -> bytes:
+    """Write an object, which goes from its start to its end: hashes are taken before; returns the header."""
+    for name in _names(header):
+        header["__metadata__"][_HASH + name] = xxhash.xxh3_128_hexdigest(content(name))
+    encoded = _encoded(header)
+    with upload(path, size) as write:
+        _write_all(write, memoryview(encoded))
+        for name in _names(header):
+            _write_all(write, content(name))
+    return encoded
+
+
+def _names(header: dict[str, Any]) -> list[str]:
+    return [name for name in header if name != "__metadata__"]
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -102,25 +137,26 @@ class TensorFile:
 
     Raises:
         DamagedError: it is missing, of another size, or its header is not the one that was saved.
+        StorageError: here as in all methods: the store refuses or does not answer.
     """
 
-    def __init__(self, path: Path, expected: File):
+    def __init__(self, path: Location, expected: File):
         self.path = path
         self._verified: set[str] = set()
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._ranges = open_ranges(path)
         except OSError as error:
             raise DamagedError(f"{path}: {'missing' if error.errno == 2 else error.strerror}") from None
         try:
             self.entries = self._read_header(expected)
             """The tensors by name, in the file's order."""
         except BaseException:
-            os.close(self._descriptor)
+            self._ranges.close()
             raise
 
     def __del__(self) -> None:
         if hasattr(self, "entries"):
-            os.close(self._descriptor)
+            self._ranges.close()
 
     @property
     def is_verified(self) -> bool:
@@ -128,17 +164,23 @@ class TensorFile:
         return len(self._verified) == len(self.entries)
 
     def _read_header(self, expected: File) -> dict[str, Entry]:
-        path, size = self.path, os.fstat(self._descriptor).st_size
+        path, size = self.path, self._ranges.size
         if size != expected.bytes:
             raise DamagedError(f"{path}: {size} bytes, {expected.bytes} expected: truncated or replaced")
-        start = os.pread(self._descriptor, 8, 0)
+        start = self._bytes(8, 0)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > min(size - 8, _MAX_HEADER_BYTES):
             raise DamagedError(f"{path}: the header is longer than the file: damaged, or not ours")
-        text = os.pread(self._descriptor, length, 8)
+        text = self._bytes(length, 8)
         if xxhash.xxh3_128_hexdigest(start + text) != expected.header_xxh3:
             raise DamagedError(f"{path}: the hash of its header differs from the manifest's: changed or replaced")
         return parse_header(path, text, 8 + length, size)
+
+    def _bytes(self, count: int, offset: int) -> bytes:
+        memory, done = memoryview(bytearray(count)), 0
+        while done < count and (more := self._ranges.read_into(memory[done:], offset + done)):
+            done += more
+        return bytes(memory[:done])
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """One tensor, after its hash has been compared.
@@ -193,8 +235,9 @@ class TensorFile:
     def _compare(self, name: str) -> None:
         """Compare the hash of a tensor, of which nothing is kept."""
         entry, digest = self._entry(name), xxhash.xxh3_128()
-        memory = torch.empty(min(CHUNK_BYTES, entry.bytes), dtype=torch.uint8)
-        for done in range(0, entry.bytes, CHUNK_BYTES):
+        step = self._ranges.chunk_bytes
+        memory = torch.empty(min(step, entry.bytes), dtype=torch.uint8)
+        for done in range(0, entry.bytes, step):
             chunk = memory[: entry.bytes - done]
             self._read(name, entry.begin + done, torch.uint8, chunk, digest.update)
         self._require_same(name, digest.hexdigest())
@@ -213,14 +256,11 @@ class TensorFile:
         seen: Callable[[memoryview], object] = lambda chunk: None,
     ) -> None:
         try:
-            whole = read_elements(self._read_into, offset, dtype, out, seen)
+            whole = read_elements(self._ranges.read_into, offset, dtype, out, seen, self._ranges.chunk_bytes)
         except OSError as error:
             raise DamagedError(f"{self.path}: {name}: not readable ({error.strerror})") from None
         if not whole:
             raise DamagedError(f"{self.path}: ends within {name}: truncated")
-
-    def _read_into(self, memory: memoryview, offset: int) -> int:
-        return os.preadv(self._descriptor, [memory], offset)
 
     def _require_same(self, name: str, xxh3: str) -> None:
         if xxh3 != self.entries[name].xxh3:
@@ -228,7 +268,7 @@ class TensorFile:
         self._verified.add(name)
 
 
-def parse_header(path: Path, text: bytes, start: int, size: int) -> dict[str, Entry]:
+def parse_header(path: Location, text: bytes, start: int, size: int) -> dict[str, Entry]:
     """The tensors that a header tells of.
 
     Args:
@@ -287,12 +327,12 @@ def _encoded(header: dict[str, Any]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_all(descriptor: int, data: memoryview) -> str:
+def _write_all(write: Callable[[memoryview], int], data: memoryview) -> str:
     """Write all of it; the XXH3-128 of what was written."""
     digest = xxhash.xxh3_128()
     for begin in range(0, len(data), CHUNK_BYTES):
         chunk = data[begin : begin + CHUNK_BYTES]
         digest.update(chunk)
         while len(chunk):
-            chunk = chunk[os.write(descriptor, chunk) :]
+            chunk = chunk[write(chunk) :]
     return digest.hexdigest()
