@@ -43,7 +43,7 @@ class Document(NamedTuple):
 
     def error(self, fault: BadLineError) -> DataError:
         """What to raise if this is no document."""
-        return DataError(f"{self.locate()}: {fault}; mend the line or pass --on-bad-line skip")
+        return DataError(f"{self.locate()}: {fault}; {fault.fix} or pass --on-bad-line skip")
 
 
 def read_documents(
@@ -152,7 +152,7 @@ def _locate_line(source: Input, offset: int, number_in_part: int) -> str:
 def _parse_long(line: LongLine, text_keys: Sequence[str], num_bytes: int, locate: Callable[[], str]) -> Document:
     try:
         texts = parse_texts(line.reduce(), text_keys)
-        line.check()
+        line.check(but=texts)
     except BadLineError as fault:
         return Document((), num_bytes, locate, fault)
     return Document([_fragments_of(line, text) for text in texts], num_bytes, locate)
