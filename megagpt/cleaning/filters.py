@@ -13,23 +13,15 @@ from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFi
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.filters.c4_filters import CITATION_REGEX, C4QualityFilter
 from datatrove.pipeline.filters.gopher_quality_filter import GopherQualityFilter
-from datatrove.pipeline.filters.gopher_repetition_filter import GopherRepetitionFilter
 from datatrove.utils.text import ngrams, simplify_text
 
 from megagpt.cleaning import recipe
 from megagpt.cleaning.ledger import Dropped, Ledger
+from megagpt.cleaning.repetition import LEAST
 from megagpt.cleaning.words import WORDS, hash_text
 from megagpt.data.files import write_whole
 
 # datatrove's reasons, and the keys of the recipe that lead to them
-_REPETITION = {
-    "dup_line_frac": "max_duplicate_lines",
-    "dup_para_frac": "max_duplicate_paragraphs",
-    "dup_line_char_frac": "max_duplicate_line_characters",
-    "dup_para_char_frac": "max_duplicate_paragraph_characters",
-    **{f"top_{n}_gram": f"max_top_n_grams {n}" for n in range(1, 100)},
-    **{f"duplicated_{n}_n_grams": f"max_duplicate_n_grams {n}" for n in range(1, 100)},
-}
 _QUALITY = {
     "gopher_short_doc": "min_words",
     "gopher_long_doc": "max_words",
@@ -47,10 +39,6 @@ _C4 = {
     "curly_bracket": "drop_curly_brackets",
     "too_few_sentences": "min_sentences",
 }
-_LEAST = 1e-9
-"""Instead of a limit of 0, by which datatrove means that there is no limit."""
-
-
 _CHARACTERS_LOOKED_AT = 10_000
 """Of a text to find out its language."""
 
@@ -105,20 +93,6 @@ def _language_model() -> Any:
         return fasttext.load_model(str(path))
 
 
-def repetition(options: recipe.Repetition, ledger: Ledger) -> BaseFilter:
-    """Gopher's rules on repetition."""
-    return GopherRepetitionFilter(
-        dup_line_frac=options.max_duplicate_lines or _LEAST,
-        dup_para_frac=options.max_duplicate_paragraphs or _LEAST,
-        dup_line_char_frac=options.max_duplicate_line_characters or _LEAST,
-        dup_para_char_frac=options.max_duplicate_paragraph_characters or _LEAST,
-        top_n_grams=options.max_top_n_grams,
-        dup_n_grams=options.max_duplicate_n_grams,
-        exclusion_writer=Dropped(ledger, "repetition", _REPETITION),
-        language=WORDS,
-    )
-
-
 def quality(options: recipe.Quality, ledger: Ledger) -> BaseFilter:
     """Gopher's rules on quality."""
     return GopherQualityFilter(
@@ -126,9 +100,9 @@ def quality(options: recipe.Quality, ledger: Ledger) -> BaseFilter:
         max_doc_words=options.max_words,
         min_avg_word_length=options.min_mean_word_length,
         max_avg_word_length=options.max_mean_word_length,
-        max_symbol_word_ratio=options.max_symbols_per_word or _LEAST,
-        max_bullet_lines_ratio=options.max_bullet_lines or _LEAST,
-        max_ellipsis_lines_ratio=options.max_ellipsis_lines or _LEAST,
+        max_symbol_word_ratio=options.max_symbols_per_word or LEAST,
+        max_bullet_lines_ratio=options.max_bullet_lines or LEAST,
+        max_ellipsis_lines_ratio=options.max_ellipsis_lines or LEAST,
         max_non_alpha_words_ratio=options.min_alphabetic_words,
         min_stop_words=options.min_stop_words,
         stop_words=list(options.stop_words),

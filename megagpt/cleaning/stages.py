@@ -19,6 +19,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from megagpt.cleaning import duplicates, filters, texts
 from megagpt.cleaning.ledger import Ledger, Meter
 from megagpt.cleaning.recipe import Recipe, unflatten
+from megagpt.cleaning.repetition import RepetitionFilter
 from megagpt.cleaning.shards import KeptWriter, Reader, ShardWriter
 from megagpt.data.work import Plan, Unit
 
@@ -94,20 +95,21 @@ def build_stages(plan: Plan, work: Path, unit_sizes: Sequence[int]) -> list[Stag
         work: folder of unfinished work.
         unit_sizes: bytes of each unit.
     """
-    recipe, places = unflatten(plan.identity), Places(work)
+    recipe, places, total = unflatten(plan.identity), Places(work), sum(unit_sizes)
     stages = [Stage("clean", "cleaning", _cleaning(recipe, plan, places), unit_sizes)]
     exact = near = None
     if recipe.exact_duplicates is not None:
         exact = places.equal_pairs
         step = duplicates.pairs_step(places.equal_signatures, exact, duplicates.EXACT)
-        stages.append(Stage("equal", "comparing", [step], [1]))
+        stages.append(Stage("equal", "comparing", [step], [total]))
     if recipe.near_duplicates is not None:
         near = places.alike_pairs
         step = duplicates.pairs_step(places.alike_signatures, near, duplicates.near_config(recipe.near_duplicates))
-        stages.append(Stage("alike", "comparing", [step], [1] * recipe.near_duplicates.buckets))
+        buckets = recipe.near_duplicates.buckets
+        stages.append(Stage("alike", "comparing", [step], [total // buckets] * buckets))
     if exact or near:
         groups = duplicates.Clusters(exact, near, places.groups)
-        stages.append(Stage("groups", "grouping", [groups], [1]))
+        stages.append(Stage("groups", "grouping", [groups], [total]))
     options: dict[str, Any] = {key: plan.identity[key] for key in ("text_key", "compression")}
     options |= recipe.samples.model_dump()
     writer = ShardWriter(places.kept, places.groups, places.shards, plan.inputs, options)
@@ -123,7 +125,7 @@ def _cleaning(recipe: Recipe, plan: Plan, places: Places) -> list[PipelineStep]:
         "length": filters.LengthFilter,
         "language": filters.LanguageFilter,
         "quality": filters.quality,
-        "repetition": filters.repetition,
+        "repetition": RepetitionFilter,
         "c4": filters.C4Filter,
         "personal_data": texts.MaskPersonalData,
         "evaluation": lambda options, ledger: filters.evaluation(options, ledger, places.evaluation),
