@@ -88,7 +88,8 @@ def main() -> None:
     elif args.slurm_print:
         print("\n".join(made))
     else:
-        print(f"submitted jobs {', '.join(made)}; the last one writes {args.output} (after a failure start this again)")
+        print(f"submitted jobs {', '.join(made)}; the last one writes {args.output}; after a failure start this again")
+        print(f"their output: {args.output}.work/stages/*/slurm/*.out")
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ class SlurmStage(SlurmPipelineExecutor):
     """
 
     def __init__(self, stage: Stage, places: Places, options: SlurmOptions, depends: "SlurmStage | None" = None):
-        extra = dict(argument.partition("=")[::2] for argument in options.arguments)
+        extra = {"kill-on-invalid-dep": "yes", **dict(argument.partition("=")[::2] for argument in options.arguments)}
         super().__init__(
             list(stage.pipeline),
             tasks=len(stage.sizes),

@@ -70,7 +70,8 @@ def run_job(job: Job, *, workers: int = 1, slurm: SlurmOptions | None = None) ->
     plan = _plan(job)
     if (existing := _existing(job, plan)) is not None:
         return existing
-    folder = WorkFolder(job.output)
+    folder = WorkFolder(Path(job.output).absolute())  # Slurm's jobs may start elsewhere
+    is_new = not folder.path.exists()
     try:
         with folder.taken_by(0, plan) as (plan, notice):
             _tell(notice)
@@ -84,6 +85,9 @@ def run_job(job: Job, *, workers: int = 1, slurm: SlurmOptions | None = None) ->
                 if slurm is None:
                     folder.remove()
                 raise
+            finally:
+                if is_new and slurm is not None and slurm.print_only:
+                    folder.remove()
     except OSError as error:
         raise DataError(
             f"{job.output} cannot be written ({error.strerror or error}); free space or choose another --output, and"
@@ -172,8 +176,9 @@ def _index_evaluation(options: Evaluation, places: Places) -> None:
 
 
 def note_jobs(work: Path, jobs: Sequence[str], options: SlurmOptions) -> None:
-    """Write down which jobs are at work, and how they were started."""
-    write_whole(work / "slurm.json", json.dumps({"jobs": list(jobs), "options": asdict(options)}).encode())
+    """Write down which jobs are at work, and how they were started; nothing if they are through already."""
+    if work.is_dir():
+        write_whole(work / "slurm.json", json.dumps({"jobs": list(jobs), "options": asdict(options)}).encode())
 
 
 def noted_jobs(work: Path) -> tuple[list[str], SlurmOptions] | None:
