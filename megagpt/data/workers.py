@@ -68,12 +68,12 @@ class Todo:
         self.units = [number for number in own if not work.is_done(number)]
         hashes = range(rank, len(plan.inputs), plan.world_size)
         self.hashes = [index for index in hashes if not work.hash_file(index).exists()]
-        unit_bytes = _unit_bytes(plan)
-        self.total_bytes = sum(unit_bytes[number] for number in own)
-        self.left_bytes = sum(unit_bytes[number] for number in self.units)
+        sizes = unit_bytes(plan)
+        self.total_bytes = sum(sizes[number] for number in own)
+        self.left_bytes = sum(sizes[number] for number in self.units)
 
 
-def _unit_bytes(plan: Plan) -> list[int]:
+def unit_bytes(plan: Plan) -> list[int]:
     """Bytes of input of each unit; the row groups of a Parquet file count as equal."""
     parts_of_file = Counter(part.file for unit in plan.units for part in unit)
 
