@@ -37,8 +37,8 @@ class Ailment:
     """Of the run config, for the doctor."""
     variables: str = ""
     """For the job, `NAME=value,...`."""
-    alone: bool = False
-    """It hides others."""
+    group: int = 1
+    """Those of one group do not hide each other."""
 
     def is_in(self, findings: list[dict[str, str]]) -> bool:
         """Whether the doctor has found it."""
@@ -118,6 +118,7 @@ AILMENTS = {
         "disk",
         "failed",
         "3 checkpoints of .* GiB free in ",
+        overrides=("checkpoint.directory={disk}/checkpoints",),
     ),
     "a folder that cannot be written to": Ailment(
         lambda cluster, run: _shell(
@@ -127,13 +128,14 @@ AILMENTS = {
         "shared: logging.directory",
         "failed",
         "node2 cannot write: Read-only file system",
+        group=2,
     ),
     "a dataset that is missing": Ailment(
         lambda cluster, run: _shell(cluster, f"mount -t tmpfs none {cluster.folder.parent}/data"),
         lambda cluster, run: _on(cluster, "umount", f"{cluster.folder.parent}/data"),
         "data",
         "failed",
-        "node2: .*data.idx",
+        "node2: tokenizer .* does not exist",
     ),
     "few open files": Ailment(
         _few_files,
@@ -164,6 +166,7 @@ AILMENTS = {
         "failed",
         "GiB estimated per rank",
         overrides=("model.hidden_size=16384", "model.num_layers=64"),
+        group=2,
     ),
     "a slow link": Ailment(_slow, _fast, "network", "warning", "node1 to node2: .* Mbit/s"),
     "closed ports": Ailment(
@@ -172,7 +175,7 @@ AILMENTS = {
         "network",
         "failed",
         "node1 cannot reach node2: ",
-        alone=True,
+        group=3,
     ),
     "a closed master port": Ailment(
         lambda cluster, run: _close_ports(cluster, "20000-29999", "node1"),
@@ -180,7 +183,7 @@ AILMENTS = {
         "meeting",
         "failed",
         "2 have not come to node1",
-        alone=True,
+        group=4,
     ),
 }
 
@@ -189,7 +192,7 @@ def examine(cluster: Cluster, run: Run, ailments: tuple[Ailment, ...] = ()) -> t
     """Have the doctor look at all nodes, with some faults planted: its findings, and what it printed."""
     found = run.folder / "doctor.json"
     found.unlink(missing_ok=True)
-    overrides = [word for ailment in ailments for word in ailment.overrides]
+    overrides = [word.format(disk=cluster.disk) for ailment in ailments for word in ailment.overrides]
     planted = f"PYTHONPATH={cluster.root}/tests/cluster/planted:{cluster.root}"
     variables = ",".join(["ALL", planted, *(ailment.variables for ailment in ailments if ailment.variables)])
     command = f"srun {sys.executable} tools/doctor.py {' '.join(run.arguments)} --json {found} {' '.join(overrides)}"
