@@ -1,5 +1,6 @@
 """What the doctor must find: faults of one node, planted on the running cluster and taken away again."""
 
+import contextlib
 import json
 import re
 import sys
@@ -94,6 +95,12 @@ def _few_files(cluster: Cluster, run: Run) -> None:
     _shell(cluster, 'prlimit --pid "$(</run/slurmd.pid)" --nofile=512:512')
 
 
+def _restart_slurmd(cluster: Cluster, run: Run) -> None:
+    """A limit that was lowered cannot be raised again."""
+    cluster.control("stop-slurmd", NODE)
+    cluster.control("start-slurmd", NODE)
+
+
 AILMENTS = {
     "another version of a library": Ailment(
         _other_version, _metadata, "versions", "failed", "safetensors: node2 has 0.0.9, others "
@@ -139,7 +146,7 @@ AILMENTS = {
     ),
     "few open files": Ailment(
         _few_files,
-        lambda cluster, run: _shell(cluster, 'prlimit --pid "$(</run/slurmd.pid)" --nofile=1048576:1048576'),
+        _restart_slurmd,
         "limits",
         "warning",
         "node2: only 512 open files",
@@ -170,7 +177,7 @@ AILMENTS = {
     ),
     "a slow link": Ailment(_slow, _fast, "network", "warning", "node1 to node2: .* Mbit/s"),
     "closed ports": Ailment(
-        lambda cluster, run: _close_ports(cluster, "30000-65535", NODE),
+        lambda cluster, run: _close_ports(cluster, "30000-65534", NODE),
         lambda cluster, run: _open_ports(cluster, NODE),
         "network",
         "failed",
@@ -193,17 +200,16 @@ def examine(cluster: Cluster, run: Run, ailments: tuple[Ailment, ...] = ()) -> t
     found = run.folder / "doctor.json"
     found.unlink(missing_ok=True)
     overrides = [word.format(disk=cluster.disk) for ailment in ailments for word in ailment.overrides]
-    planted = f"PYTHONPATH={cluster.root}/tests/cluster/planted:{cluster.root}"
-    variables = ",".join(["ALL", planted, *(ailment.variables for ailment in ailments if ailment.variables)])
+    path = f"PYTHONPATH={cluster.root}/tests/cluster/planted:{cluster.root}"
+    variables = ",".join(["ALL", path, *(ailment.variables for ailment in ailments if ailment.variables)])
     command = f"srun {sys.executable} tools/doctor.py {' '.join(run.arguments)} --json {found} {' '.join(overrides)}"
     words = (output_option(cluster), *OPTIONS, "--ntasks-per-node=2", f"--export={variables}", f"--wrap={command}")
-    for ailment in ailments:
-        ailment.plant(cluster, run)
-    try:
+    with contextlib.ExitStack() as planted:
+        planted.callback(cluster.wait_until_idle)
+        for ailment in ailments:
+            planted.callback(ailment.cure, cluster, run)
+            ailment.plant(cluster, run)
         job = cluster.submit(*words)
         cluster.wait_for(job, ENDED, 180)
-    finally:
-        for ailment in ailments:
-            ailment.cure(cluster, run)
     findings = json.loads(found.read_text()) if found.exists() else []
     return findings, cluster.output(job)

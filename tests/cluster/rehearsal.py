@@ -90,7 +90,4 @@ class Rehearsal:
         for host in self.cluster.nodes:
             if not self.cluster.is_up(host):
                 self.cluster.control("heal-node", host)
-        deadline = time.monotonic() + 60.0
-        while not self.cluster.is_idle() and time.monotonic() < deadline:
-            time.sleep(0.5)
-        assert self.cluster.is_idle(), self.cluster.run("head", "sinfo", "-N", "-l")
+        self.cluster.wait_until_idle()
