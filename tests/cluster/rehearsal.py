@@ -52,7 +52,7 @@ class Rehearsal:
         first = faults[0]
         expected = self.undisturbed(first.sections)
         run = self.run(min(8 + sum(fault.steps for fault in faults), DECAY_STEPS), first.sections)
-        drill = Drill(self.cluster, run, first.plant, first.options)
+        drill = Drill(self.cluster, run, first)
         try:
             met = [drill.meet(fault) for fault in faults]
             self._judge(drill, drill.finish(), faults[-1].then == "given up", expected)
