@@ -108,7 +108,7 @@ FAULTS = {
     ),
     "disk full": Fault(
         lambda drill: fill_disk(drill),
-        "No space left|room",
+        "error: .* could not be saved .* are free",
         then="by hand",
         mend=lambda drill: drill.cluster.run("head", "rm", str(drill.cluster.disk / "filler")) and None,
         sections=(("checkpoint", {"directory": "{disk}/checkpoints"}),),
