@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megagpt.errors import ConfigError, LaunchError, MegagptError, run_command
 from megagpt.parallel.console import muted, quiet_libraries
-from megagpt.parallel.launch import detect_launch
+from megagpt.parallel.deepspeed_launcher import find_launch
 from megagpt.plan import describe, load_deepspeed_config
 from megagpt.plan.evaluation import evaluation_plan, read_saved_run
 from megagpt.storage import location
@@ -51,7 +51,7 @@ def require_consistent(args: argparse.Namespace) -> None:
 def main() -> int:
     """Parse the command line and call the library."""
     args = parse_arguments()
-    launch = None if args.plan else detect_launch()
+    launch = None if args.plan else find_launch()
     quiet_libraries(args.verbose)
     try:
         require_consistent(args)
