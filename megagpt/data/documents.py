@@ -7,7 +7,7 @@ import codecs
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from megagpt.data.inputs import Format, Input, decompressed, find_inputs, open_input
 from megagpt.data.jsonl import BadLineError, parse_texts
@@ -31,8 +31,7 @@ class Part:
     stop: int = -1
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """Texts of one document, a string or (if long) fragments for each key; or what is wrong with it."""
 
     texts: Sequence[str | Fragments]
@@ -44,7 +43,7 @@ class Document:
 
     def error(self, fault: BadLineError) -> DataError:
         """What to raise if this is no document."""
-        return DataError(f"{self.locate()}: {fault}; mend the line or pass --on-bad-line skip")
+        return DataError(f"{self.locate()}: {fault}; {fault.fix} or pass --on-bad-line skip")
 
 
 def read_documents(
@@ -153,7 +152,7 @@ def _locate_line(source: Input, offset: int, number_in_part: int) -> str:
 def _parse_long(line: LongLine, text_keys: Sequence[str], num_bytes: int, locate: Callable[[], str]) -> Document:
     try:
         texts = parse_texts(line.reduce(), text_keys)
-        line.check()
+        line.check(but=texts)
     except BadLineError as fault:
         return Document((), num_bytes, locate, fault)
     return Document([_fragments_of(line, text) for text in texts], num_bytes, locate)
