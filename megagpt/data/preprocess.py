@@ -26,7 +26,8 @@ from megagpt.data.progress import ByteProgress
 from megagpt.data.work import DamagedWorkError, Plan, WorkFolder, plan_units
 from megagpt.data.workers import Todo, WorkerKilledError, run_here, run_in_processes
 from megagpt.errors import DataError
-from megagpt.storage.local import remove_temporary, sha256_of_file
+from megagpt.storage.local import remove_temporary
+from megagpt.storage.transfer import sha256_of
 from megagpt.tokenization.codec import Codec
 from megagpt.tokenization.gigatoken_codec import fast_codec
 from megagpt.tokenization.tokenizer import Tokenizer
@@ -201,7 +202,7 @@ def _same_inputs(known: Sequence[InputFile], inputs: Sequence[Input]) -> bool:
         if file.bytes != source.bytes:
             return False
         # Touched or copied: the content decides.
-        if file.modified_ns != source.modified_ns and file.sha256 != sha256_of_file(Path(source.path)):
+        if file.modified_ns != source.modified_ns and file.sha256 != sha256_of(Path(source.path)):
             return False
     return True
 

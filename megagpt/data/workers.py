@@ -14,7 +14,7 @@ from megagpt.data.inputs import Input
 from megagpt.data.progress import ByteProgress
 from megagpt.data.work import Plan, WorkFolder
 from megagpt.errors import DataError
-from megagpt.storage.local import sha256_of_file
+from megagpt.storage.transfer import sha256_of
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -39,7 +39,7 @@ class _Worker:
 
     def hash(self, index: int, target: Path) -> None:
         try:
-            found = sha256_of_file(Path(self._inputs[index].path))
+            found = sha256_of(Path(self._inputs[index].path))
         except OSError as error:
             raise DataError(f"input {self._inputs[index].path} cannot be read ({error.strerror})") from None
         write_whole(target, json.dumps(found).encode(), durable=False)
@@ -68,12 +68,12 @@ class Todo:
         self.units = [number for number in own if not work.is_done(number)]
         hashes = range(rank, len(plan.inputs), plan.world_size)
         self.hashes = [index for index in hashes if not work.hash_file(index).exists()]
-        unit_bytes = _unit_bytes(plan)
-        self.total_bytes = sum(unit_bytes[number] for number in own)
-        self.left_bytes = sum(unit_bytes[number] for number in self.units)
+        sizes = unit_bytes(plan)
+        self.total_bytes = sum(sizes[number] for number in own)
+        self.left_bytes = sum(sizes[number] for number in self.units)
 
 
-def _unit_bytes(plan: Plan) -> list[int]:
+def unit_bytes(plan: Plan) -> list[int]:
     """Bytes of input of each unit; the row groups of a Parquet file count as equal."""
     parts_of_file = Counter(part.file for unit in plan.units for part in unit)
 
