@@ -48,3 +48,17 @@ def test_samples_are_read_from_one_dataset_and_from_many():
     assert result.returncode in (0, 1), result.stderr
     cases = re.findall(r"│ (\d+ \w+) +│ megagpt │ +([\d.]+) │ +│ +0 │ +\d+ │ +([\d.]+) │", result.stdout)
     assert [case for case, *_ in cases] == ["1 epoch", "10 epochs", "20 datasets"]
+
+
+def test_preprocessing_is_measured_and_judged(tmp_path):
+    command = (
+        f"tools/bench/preprocess.py --kinds huggingface --megabytes 1 --vocab-size 600 --rounds 1 --work-dir {tmp_path}"
+    )
+    result = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 1, result.stderr  # speed goals are missed at this size
+    assert re.search(
+        r"^MISSED   huggingface, megagpt, auto: [\d.]+ MB per CPU-second \(goal: at least 40\)$", result.stdout, re.M
+    )
+    assert len(re.findall(r"^reached  .*: the files are the same$", result.stdout, re.M)) == 4
+    assert len(re.findall(r"^reached  .* MB above the imports", result.stdout, re.M)) == 6
+    assert "not measured: the ratios to Megatron-LM" in result.stdout
