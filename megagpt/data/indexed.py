@@ -159,25 +159,33 @@ class IndexedWriter:
         self.num_documents += len(lengths)
         self._num_sequences += int(np.count_nonzero(lengths)) if self._skips_empty else len(lengths)
 
+    def finish(self) -> None:
+        """Put both files on disk under temporary names; what is left for `close` needs no more space.
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        assert self._file_covers_lengths(), "lengths must cover the tokens"
+        _sync_and_close(self._file)
+        with temporary_name(self._idx).open("wb") as file:
+            self.idx_sha256 = self._write_index(file)
+            _sync_and_close(file)
+        self.bin_sha256 = self._hash.hexdigest()
+
     def close(self) -> None:
         """Put both files on disk under their final names; an old index goes first, so that it never meets new tokens.
 
         Raises:
             OSError: the disk is full or gone; nothing is left under the final names, or what was there before.
         """
-        temporary_bin, temporary_idx = temporary_name(self._bin), temporary_name(self._idx)
         try:
-            assert self._file_covers_lengths(), "lengths must cover the tokens"
-            _sync_and_close(self._file)
-            with temporary_idx.open("wb") as file:
-                self.idx_sha256 = self._write_index(file)
-                _sync_and_close(file)
+            if not self.bin_sha256:
+                self.finish()
             self._idx.unlink(missing_ok=True)
-            publish(temporary_bin, self._bin)
-            publish(temporary_idx, self._idx)
+            publish(temporary_name(self._bin), self._bin)
+            publish(temporary_name(self._idx), self._idx)
         finally:
             self.abort()
-        self.bin_sha256 = self._hash.hexdigest()
 
     def abort(self) -> None:
         """Remove the temporary files; harmless after `close`."""

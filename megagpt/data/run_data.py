@@ -1,6 +1,7 @@
 """From a data config to the streams of samples of a run, without torch."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from megagpt.data.opening import dataset_file
 from megagpt.data.samples import SampleStream, split_ranges
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import ConfigError, DataError
-from megagpt.plan.data_config import DataConfig
+from megagpt.plan.data_config import DataConfig, NamedPrefix
 from megagpt.storage import RemotePath
 from megagpt.storage.cache import Cache
 
@@ -87,6 +88,31 @@ def open_data(config: DataConfig, vocab_size: int, seq_length: int, seed: int) -
         train = MixedStream(mixture, trained)
         shares = {name: float(share) for name, share in zip(mixture.names, mixture.steps[-1].shares, strict=True)}
     return RunData(train, _held_out(held_out["validation"], shares), _held_out(held_out["test"], shares))
+
+
+def open_whole(
+    entries: Sequence[NamedPrefix], config: DataConfig, vocab_size: int, seq_length: int
+) -> tuple[HeldOut, ...]:
+    """Open datasets that no run need know of, all their documents in file order, each weighed alike.
+
+    Args:
+        entries: the datasets.
+        config: names the tokenizer that they must have been made with.
+        vocab_size: model.vocab_size.
+        seq_length: tokens per sample that are predicted.
+
+    Raises:
+        DataError: a file is missing or damaged, made with another tokenizer, or shorter than one sample.
+    """
+    opened = _Opened(config.model_copy(update={"fill_in_middle": None}), vocab_size, seq_length, seed=0)
+    streams = [(entry.label, opened.stream(entry.prefix, "train", (1.0, 0.0, 0.0), shuffle=False)) for entry in entries]
+    for (_, stream), entry in zip(streams, entries, strict=True):
+        if stream is None:
+            raise DataError(
+                f"{entry.prefix} is shorter than one sample of {seq_length} tokens; give more text, or a smaller "
+                "training.seq_length"
+            )
+    return tuple(HeldOut(name, stream, 1 / len(streams)) for name, stream in streams if stream is not None)
 
 
 def damaged_datasets(config: DataConfig) -> list[str]:
