@@ -89,8 +89,10 @@ def import_checkpoint(
     plan = _plan(folder, output, vocab_size, tokenizer)
     weights = open_pretrained(str(folder), plan.model, allow_pickle)
     with one_thread():
-        write = _write_remote if isinstance(output, RemotePath) else _write_local
-        size = write(output, weights, plan)
+        if isinstance(output, RemotePath):
+            size = _write_remote(output, weights, plan)
+        else:
+            size = _write_local(output, weights, plan)
     parameters = sum(prod(shape) for shape in canonical_shapes(plan.model).values())
     return Import(output / CONFIG, output / STEP, weights.weights.family.name, parameters, size, weights.notes)
 

@@ -12,9 +12,10 @@ from megagpt.cleaning.ledger import Ledger, StepRecord, Tally
 from megagpt.cleaning.report import FORMAT, Report, Shard, report_folder, write_report
 from megagpt.cleaning.shards import SUFFIXES, kept_document, ledger_file
 from megagpt.cleaning.stages import Places
-from megagpt.data.files import publish, sha256_of_file
 from megagpt.data.work import Plan
 from megagpt.errors import DataError
+from megagpt.storage.local import publish
+from megagpt.storage.transfer import sha256_of
 
 
 def finish(plan: Plan, work: Path) -> Report:
@@ -27,7 +28,7 @@ def finish(plan: Plan, work: Path) -> Report:
     places, output = Places(work), Path(str(work).removesuffix(".work"))
     ledger = _all_counts(plan, places)
     shards = [
-        Shard(path.name, path.stat().st_size, sha256_of_file(path))
+        Shard(path.name, path.stat().st_size, sha256_of(path))
         for path in sorted(places.shards.glob(f"*{SUFFIXES[plan.identity['compression']]}"))
     ]
     report = Report(

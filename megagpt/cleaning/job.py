@@ -18,11 +18,12 @@ from megagpt.cleaning.report import Report, read_report
 from megagpt.cleaning.stages import Places, Stage, build_stages
 from megagpt.data.documents import iter_texts
 from megagpt.data.encode import OnBadLine
-from megagpt.data.files import sha256_of_file, write_whole
+from megagpt.data.files import write_whole
 from megagpt.data.inputs import Format, find_inputs
 from megagpt.data.work import Plan, WorkFolder, plan_units
 from megagpt.data.workers import WorkerKilledError, unit_bytes
 from megagpt.errors import DataError
+from megagpt.storage.transfer import sha256_of
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _plan(job: Job) -> Plan:
     identity |= {"text_key": job.text_key, "on_bad_line": job.on_bad_line, "compression": job.compression}
     if job.recipe.evaluation is not None:
         files = find_inputs(job.recipe.evaluation.texts)
-        identity["evaluation_files"] = [[file.path, sha256_of_file(Path(file.path))] for file in files]
+        identity["evaluation_files"] = [[file.path, sha256_of(Path(file.path))] for file in files]
     return Plan(identity, inputs, plan_units(inputs), world_size=1)
 
 

@@ -16,8 +16,9 @@ from datatrove.pipeline.base import PipelineStep
 from megagpt.cleaning.duplicates import REASONS, read_duplicates
 from megagpt.cleaning.ledger import Ledger, num_bytes
 from megagpt.data.documents import LONG_BYTES, Part, read_documents
-from megagpt.data.files import publish, temporary_name, write_whole
+from megagpt.data.files import write_whole
 from megagpt.data.inputs import Input
+from megagpt.storage.local import publish, temporary_name
 
 _SOURCE = np.dtype([("file", "<u4"), ("place", "<u8")])
 SUFFIXES = {"gz": ".jsonl.gz", "zst": ".jsonl.zst", "none": ".jsonl"}

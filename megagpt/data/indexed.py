@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.data.opening import dataset_file, local_file, local_index, open_tokens, size_of
+from megagpt.data.opening import bin_path, dataset_file, idx_path, local_index, open_tokens, size_of
 from megagpt.errors import DataError
 from megagpt.storage.cache import Cache
 from megagpt.storage.local import publish, temporary_name
@@ -48,16 +48,6 @@ _U16_VOCABULARY = 65500
 def dtype_for_vocabulary(vocab_size: int) -> np.dtype:
     """Token type of a dataset: u16 for vocabularies below 65,500, else i32 (Megatron's rule)."""
     return np.dtype("<u2") if vocab_size < _U16_VOCABULARY else np.dtype("<i4")
-
-
-def bin_path(prefix: str | Path) -> Path:
-    """Path of the tokens that belong to a prefix, to write them."""
-    return local_file(prefix, ".bin")
-
-
-def idx_path(prefix: str | Path) -> Path:
-    """Path of the index that belongs to a prefix, to write it."""
-    return local_file(prefix, ".idx")
 
 
 class IndexedWriter:

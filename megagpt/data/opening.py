@@ -31,6 +31,16 @@ def local_file(prefix: str | Path, suffix: str) -> Path:
     return found
 
 
+def bin_path(prefix: str | Path) -> Path:
+    """Path of the tokens that belong to a prefix, to write them."""
+    return local_file(prefix, ".bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    """Path of the index that belongs to a prefix, to write it."""
+    return local_file(prefix, ".idx")
+
+
 def size_of(path: Location) -> int:
     """Bytes of a file.
 

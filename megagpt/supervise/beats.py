@@ -100,6 +100,15 @@ class BeatFolder:
         except (OSError, ValidationError):
             return None
 
+    def withdraw(self, rank: int) -> None:
+        """Say without space on the disk that a rank leaves as agreed."""
+        with contextlib.suppress(OSError):
+            (self.folder / f"rank-{rank:05d}.json").unlink()
+
+    def is_withdrawn(self, rank: int) -> bool:
+        """Whether a rank that had a beat has none any more, although the folder is there."""
+        return self.folder.exists() and not (self.folder / f"rank-{rank:05d}.json").exists()
+
     def pass_verdict(self, verdict: Verdict) -> Verdict:
         """Write the verdict unless there is one; returns the one that holds."""
         mine = self.folder / f".verdict-{verdict.by}"

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from megagpt.errors import MegagptError, RankError
 from megagpt.supervise.beats import Beat, BeatFolder, Verdict, process_start, process_state
 from megagpt.supervise.pulse import SLOW_PHASES, Phase, Pulse
 from megagpt.supervise.verdict import Condition, Seen, describe_lost, explain
@@ -98,15 +99,19 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
+        # What all ranks raise together ends them one after the other: none of them is lost.
+        is_agreed = error is None or (isinstance(error, MegagptError) and not isinstance(error, RankError))
+        if is_agreed:
             self.pulse.enter(Phase.LEFT)
         self._over.set()
         self._thread.join(timeout=2 * LOOK_SECONDS)
         faulthandler.cancel_dump_traceback_later()
         self._locked_stack.close()
-        if error is None:
-            with contextlib.suppress(OSError):
+        if is_agreed:
+            try:
                 self._beat()
+            except OSError:  # on a disk that is full, which may be why
+                self.folder.withdraw(self.place.rank)
 
     def failed(self, text: str, exit_code: int, unreliable: dict[int, str] | None = None) -> Verdict:
         """Pass the verdict that this rank has met an error; returns the one that holds, which may be another rank's.
@@ -228,6 +233,8 @@ class Watchdog:
             if state is not None and not is_frozen:
                 continue
             last = self.folder.read(beat.rank) or beat
+            if self.folder.is_withdrawn(beat.rank):
+                continue
             if last.phase != Phase.LEFT and self.folder.verdict() is None:
                 condition: Condition = "gone" if state is None else "frozen"
                 detail = _killed_for_memory() if state is None else f"its process {beat.pid} is {state}"

@@ -7,6 +7,7 @@ import pytest
 
 from megagpt.errors import LaunchError
 from megagpt.plan import run_config_from_dict
+from megagpt.storage import location
 from megagpt.supervise.beats import BeatFolder, Verdict
 from megagpt.supervise.restarts import begin, end, newest_step
 
@@ -172,3 +173,19 @@ def test_a_run_without_checkpoints_is_not_looked_after(job: Job) -> None:
     run = job.run.model_copy(update={"checkpoint": job.run.checkpoint.model_copy(update={"directory": None})})
     begin(run, 0, job.environ)
     assert end(run, 0, 9, job.environ) == (9, "")
+
+
+def test_starts_of_a_run_with_remote_checkpoints_are_counted_in_the_store() -> None:
+    directory = location("memory://bucket/restarts")
+    tree = {"model": MODEL, "training": {"steps": 10}, "checkpoint": {"directory": str(directory)}}
+    run, environ = run_config_from_dict(tree), {"SLURM_JOB_ID": "77"}
+    assert newest_step(run) == 0
+    for name in ("step-00000004/manifest.sha256", "step-00000008/rank-00000.safetensors", "latest"):
+        (directory / name).write_bytes(b"")
+    assert newest_step(run) == 4, "the other one is not complete"
+    begin(run, 2, environ)
+    begin(run, 2, environ)
+    with pytest.raises(
+        LaunchError, match=r"memory://bucket/restarts/restarts.jsonl: the last 2 starts of this job"
+    ):
+        begin(run, 2, environ)
