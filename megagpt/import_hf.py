@@ -156,11 +156,7 @@ def _write_checkpoint(step: Location, weights: PretrainedWeights, plan: Plan) ->
     """Write all files of the checkpoint; returns the size of the weights."""
     parameters, files = _write_weights(step, weights, plan)
     size = sum(file.bytes for file in files.values())
-    ranks = start_single_process(plan.run.training.seed)
-    return_freed_memory()
-    tokens = torch.randint(0, plan.model.vocab_size, (1, plan.seq_length), generator=torch.Generator().manual_seed(0))
-    logits = LayerwiseGPT(plan, weights, device=ranks.device).logits(tokens[:, :PROBE_TOKENS])
-    files[PROBE] = write_tensors(step / PROBE, {"tokens": tokens, "logits": logits})
+    files[PROBE] = write_tensors(step / PROBE, _probe(weights, plan))
     files[RANK] = write_tensors(step / RANK, {f"rng/{key}": state for key, state in rng_state().items()})
     manifest = Manifest(
         format=FORMAT,
@@ -184,6 +180,15 @@ def _write_checkpoint(step: Location, weights: PretrainedWeights, plan: Plan) ->
     )
     write_manifest(step, manifest)
     return size
+
+
+def _probe(weights: PretrainedWeights, plan: Plan) -> dict[str, Tensor]:
+    """Tokens of a fixed sample, and the logits that exports of later checkpoints are compared with."""
+    ranks = start_single_process(plan.run.training.seed)
+    return_freed_memory()
+    tokens = torch.randint(0, plan.model.vocab_size, (1, plan.seq_length), generator=torch.Generator().manual_seed(0))
+    logits = LayerwiseGPT(plan, weights, device=ranks.device).logits(tokens[:, :PROBE_TOKENS])
+    return {"tokens": tokens, "logits": logits}
 
 
 def _write_weights(
