@@ -43,6 +43,7 @@ from megagpt.storage.local import sync_path
 RANK, CONFIG = "rank-00000.safetensors", "run.yaml"
 STEP = f"checkpoints/{STEP_PREFIX}{0:08d}"
 PROBE_TOKENS, PROBE_TOLERANCE = 32, 1e-4
+KEPT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ class _Parts:
     def kind(self, name: str, first: int, last: int) -> Tensor:
         """A tensor without memory that has the type and shape of what `read` gives."""
         row = self._weights.shape(name)[1:]
-        return torch.empty((last - first) * prod(row), dtype=self._weights.dtype(name), device="meta")
+        return torch.empty((last - first) * prod(row), dtype=self._dtype(name), device="meta")
 
     def read(self, name: str, first: int, last: int) -> Tensor:
         """Rows `first` to `last` - 1, valid until the next call.
@@ -246,7 +247,7 @@ class _Parts:
         """
         self._memory.give_back(self._last)
         shape = self._weights.shape(name)
-        self._last = part = self._memory.take((last - first, *shape[1:]), self._weights.dtype(name))
+        self._last = part = self._memory.take((last - first, *shape[1:]), self._dtype(name))
         if last - first < shape[0]:
             self._weights.vocabulary_rows(name, first, last, part)
         else:
@@ -254,6 +255,11 @@ class _Parts:
         if not is_finite(part):
             raise ConversionError(f"{self._weights.weights.folder}: {name} has values that are not finite")
         return part.flatten()
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """The type that a weight has; fp32 for those of pickle files that no run has, such as float64."""
+        dtype = self._weights.dtype(name)
+        return dtype if dtype in KEPT_TYPES else torch.float32
 
 
 def _name(entry: str) -> str:
