@@ -43,6 +43,7 @@ from megagpt.storage.local import sync_path
 RANK, CONFIG = "rank-00000.safetensors", "run.yaml"
 STEP = f"checkpoints/{STEP_PREFIX}{0:08d}"
 PROBE_TOKENS, PROBE_TOLERANCE = 32, 1e-4
+KEPT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,7 @@ def _write_checkpoint(step: Location, weights: PretrainedWeights, plan: Plan) ->
     """Write all files of the checkpoint; returns the size of the weights."""
     parameters, files = _write_weights(step, weights, plan)
     size = sum(file.bytes for file in files.values())
-    ranks = start_single_process(plan.run.training.seed)
-    return_freed_memory()
-    tokens = torch.randint(0, plan.model.vocab_size, (1, plan.seq_length), generator=torch.Generator().manual_seed(0))
-    logits = LayerwiseGPT(plan, weights, device=ranks.device).logits(tokens[:, :PROBE_TOKENS])
-    files[PROBE] = write_tensors(step / PROBE, {"tokens": tokens, "logits": logits})
+    files[PROBE] = write_tensors(step / PROBE, _probe(weights, plan))
     files[RANK] = write_tensors(step / RANK, {f"rng/{key}": state for key, state in rng_state().items()})
     manifest = Manifest(
         format=FORMAT,
@@ -186,6 +183,15 @@ def _write_checkpoint(step: Location, weights: PretrainedWeights, plan: Plan) ->
     )
     write_manifest(step, manifest)
     return size
+
+
+def _probe(weights: PretrainedWeights, plan: Plan) -> dict[str, Tensor]:
+    """Tokens of a fixed sample, and the logits that exports of later checkpoints are compared with."""
+    ranks = start_single_process(plan.run.training.seed)
+    return_freed_memory()
+    tokens = torch.randint(0, plan.model.vocab_size, (1, plan.seq_length), generator=torch.Generator().manual_seed(0))
+    logits = LayerwiseGPT(plan, weights, device=ranks.device).logits(tokens[:, :PROBE_TOKENS])
+    return {"tokens": tokens, "logits": logits}
 
 
 def _write_weights(
@@ -233,7 +239,7 @@ class _Parts:
     def kind(self, name: str, first: int, last: int) -> Tensor:
         """A tensor without memory that has the type and shape of what `read` gives."""
         row = self._weights.shape(name)[1:]
-        return torch.empty((last - first) * prod(row), dtype=self._weights.dtype(name), device="meta")
+        return torch.empty((last - first) * prod(row), dtype=self._dtype(name), device="meta")
 
     def read(self, name: str, first: int, last: int) -> Tensor:
         """Rows `first` to `last` - 1, valid until the next call.
@@ -243,7 +249,7 @@ class _Parts:
         """
         self._memory.give_back(self._last)
         shape = self._weights.shape(name)
-        self._last = part = self._memory.take((last - first, *shape[1:]), self._weights.dtype(name))
+        self._last = part = self._memory.take((last - first, *shape[1:]), self._dtype(name))
         if last - first < shape[0]:
             self._weights.vocabulary_rows(name, first, last, part)
         else:
@@ -251,6 +257,11 @@ class _Parts:
         if not is_finite(part):
             raise ConversionError(f"{self._weights.weights.folder}: {name} has values that are not finite")
         return part.flatten()
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """The type that a weight has; fp32 for those of pickle files that no run has, such as float64."""
+        dtype = self._weights.dtype(name)
+        return dtype if dtype in KEPT_TYPES else torch.float32
 
 
 def _name(entry: str) -> str:

@@ -47,6 +47,8 @@ def test_there_and_back_again(family, tmp_path):
     assert made.family == family
     reader = CheckpointReader(made.checkpoint)
     assert reader.problems() == []
+    assert {reader.stored(name).dtype for name in reader.names} == {torch.bfloat16}, "as small as the folder"
+    assert {reader.full(name).dtype for name in reader.names} == {torch.float32}
     tokens_BS, logits_BPV = reader.probe()
     model, _ = load_model(made.checkpoint)
     whole = model_logits(model, tokens_BS[:, : logits_BPV.shape[1]], 521)
@@ -71,11 +73,15 @@ def test_new_tokens_pickles_and_what_goes_wrong(tmp_path):
     tensors = tensors_in(tmp_path / "hf")
     for path in [*(tmp_path / "hf").glob("*.safetensors"), tmp_path / "hf" / "model.safetensors.index.json"]:
         path.unlink()
-    torch.save(tensors, tmp_path / "hf" / "pytorch_model.bin")
+    torch.save(
+        tensors | {"transformer.ln_f.bias": tensors["transformer.ln_f.bias"].double()},
+        tmp_path / "hf" / "pytorch_model.bin",
+    )
     with pytest.raises(ConversionError, match="pickle files"):
         import_checkpoint(tmp_path / "hf", tmp_path / "made")
     made = import_checkpoint(tmp_path / "hf", tmp_path / "made", vocab_size=530, allow_pickle=True)
     assert made.notes == ["9 new tokens (model.vocab_size=530, 521 there) start at the mean of the others"]
+    assert torch.equal(CheckpointReader(made.checkpoint).stored("final_norm.bias"), tensors["transformer.ln_f.bias"])
     rows = CheckpointReader(made.checkpoint).full("embedding.word_embeddings.weight")
     assert torch.equal(rows[:521], tensors["transformer.wte.weight"])
     assert (rows[521:] - rows[:521].mean(0)).abs().max() < 1e-6

@@ -1,5 +1,6 @@
 """Read a checkpoint: the whole of a parameter or one tensor-parallel rank's shard of it, whatever layout wrote it."""
 
+import threading
 from math import prod
 
 import torch
@@ -73,7 +74,8 @@ class CheckpointReader:
         for name, parameter in self.manifest.parameters.items():
             self._require_known(name, len(parameter.shape))
         self._files: dict[str, TensorFile] = {}
-        self._scratch = [torch.empty(0, dtype=torch.uint8) for _ in range(3)]
+        self._scratch = threading.local()
+        self._opening = threading.Lock()
 
     def _require_known(self, name: str, dimensions: int) -> None:
         try:
@@ -175,22 +177,21 @@ class CheckpointReader:
         tensor_rank: int,
         tensor_size: int,
         padded_vocab_size: int,
-        borrowed: bool = False,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """One rank's tensor-parallel shard in fp32, for any tensor-parallel size.
+        """One rank's tensor-parallel shard, for any tensor-parallel size.
 
         Args:
-            borrowed: the result may lie in memory that the next call overwrites, which is faster.
+            out: contiguous tensor of its shape and any type to read into; default: a new one in fp32.
 
         Raises:
             CheckpointError: as for `full`.
         """
         partition = partition_of(name, self._gated)
         if self._is_stored_so(tensor_size, padded_vocab_size):
-            stored_rank = 0 if partition.dim is None else tensor_rank
-            out = self._memory(0, self._shard_shape(name)) if borrowed else None
-            return self._stored_shard(name, kind, stored_rank, out=out)
-        return partition.shard(self.full(name, kind), tensor_rank, tensor_size, padded_vocab_size)
+            return self._stored_shard(name, kind, 0 if partition.dim is None else tensor_rank, out=out)
+        shard = partition.shard(self.full(name, kind), tensor_rank, tensor_size, padded_vocab_size)
+        return shard if out is None else out.copy_(shard)
 
     def part_of_shard(
         self,
@@ -200,18 +201,41 @@ class CheckpointReader:
         tensor_size: int,
         padded_vocab_size: int,
         start: int,
-        stop: int,
-    ) -> Tensor:
-        """Elements start ... stop-1 of a flattened `shard`, 1-D, in memory that the next call overwrites; no more is
-        read than has to be.
+        out: Tensor,
+    ) -> None:
+        """Elements of a flattened `shard`; no more is read than has to be.
+
+        Args:
+            start: the first of them.
+            out: contiguous 1-D tensor of any type to read into.
 
         Raises:
             CheckpointError: as for `full`.
         """
+        stop = start + out.numel()
         if not self._is_stored_so(tensor_size, padded_vocab_size):
-            return self.shard(name, kind, tensor_rank, tensor_size, padded_vocab_size).flatten()[start:stop]
+            out.copy_(self.shard(name, kind, tensor_rank, tensor_size, padded_vocab_size).flatten()[start:stop])
+            return
         stored_rank = 0 if partition_of(name, self._gated).dim is None else tensor_rank
-        return self._stored_shard(name, kind, stored_rank, (start, stop), self._memory(0, (stop - start,)))
+        self._stored_shard(name, kind, stored_rank, (start, stop), out)
+
+    def scratch(self, shape: tuple[int, ...]) -> Tensor:
+        """Memory for one fp32 tensor, which the next call of this thread gives again."""
+        return self._memory(3, shape)
+
+    def shard_shape(self, name: str, tensor_size: int, padded_vocab_size: int) -> tuple[int, ...]:
+        """The shape of a `shard`.
+
+        Raises:
+            CheckpointError: there is no such parameter.
+        """
+        partition = partition_of(name, self._gated)
+        shape = list(self._parameter(name).shape)
+        if partition.vocabulary:
+            shape[0] = padded_vocab_size
+        if partition.dim is not None:
+            shape[partition.dim] //= tensor_size
+        return tuple(shape)
 
     def vocabulary_rows(self, name: str, first: int, last: int, out: Tensor | None = None) -> Tensor:
         """Rows of an embedding or head; memory holds no more than them.
@@ -259,13 +283,8 @@ class CheckpointReader:
         return (tensor_size, padded_vocab_size) == (manifest.tensor_parallel_size, manifest.padded_vocab_size)
 
     def _shard_shape(self, name: str) -> tuple[int, ...]:
-        partition = partition_of(name, self._gated)
-        shape = list(self.manifest.parameters[name].shape)
-        if partition.vocabulary:
-            shape[0] = self.manifest.padded_vocab_size
-        if partition.dim is not None:
-            shape[partition.dim] //= self.manifest.tensor_parallel_size
-        return tuple(shape)
+        """The shape of a shard as it is stored."""
+        return self.shard_shape(name, self.manifest.tensor_parallel_size, self.manifest.padded_vocab_size)
 
     def _parameter(self, name: str) -> Parameter:
         if name not in self.manifest.parameters:
@@ -350,15 +369,17 @@ class CheckpointReader:
             )
 
     def _memory(self, index: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Memory that is used again and again: fresh memory costs more than reading into it."""
+        """Memory of this thread that is used again and again: fresh memory costs more than reading into it."""
+        scratch: dict[int, Tensor] = self._scratch.__dict__
         size = prod(shape) * dtype.itemsize
-        if self._scratch[index].numel() < size:
-            self._scratch[index] = host_memory(size)
-        return self._scratch[index][:size].view(dtype).view(shape)
+        if index not in scratch or scratch[index].numel() < size:
+            scratch[index] = host_memory(size)
+        return scratch[index][:size].view(dtype).view(shape)
 
     def _file(self, name: str) -> TensorFile:
-        if name not in self._files:
-            if name not in self.manifest.files:
-                raise DamagedError(f"{self.folder}: has no {name}; it is not ours")
-            self._files[name] = TensorFile(self.folder / name, self.manifest.files[name])
-        return self._files[name]
+        with self._opening:
+            if name not in self._files:
+                if name not in self.manifest.files:
+                    raise DamagedError(f"{self.folder}: has no {name}; it is not ours")
+                self._files[name] = TensorFile(self.folder / name, self.manifest.files[name])
+            return self._files[name]

@@ -1,8 +1,12 @@
 """Restore a run: find the newest intact checkpoint, load what this rank needs in this layout, check all of it."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +16,7 @@ from megagpt.checkpoint.reader import CheckpointReader, list_checkpoints
 from megagpt.checkpoint.state import TrainedModel
 from megagpt.checkpoint.tensor_file import DamagedError
 from megagpt.errors import CheckpointError, StorageError
+from megagpt.host_tensors import one_thread
 from megagpt.optim import MOMENTS
 from megagpt.parallel.console import Console
 from megagpt.parallel.ranks import Ranks
@@ -22,6 +27,9 @@ from megagpt.storage.location import rename
 
 DAMAGED_PREFIX = "damaged-"
 """In front of the name of a checkpoint that was found damaged."""
+
+READING_THREADS = 2
+"""Of each rank: one reads while the other one compares a hash."""
 
 
 class Restorer:
@@ -154,51 +162,68 @@ class Restorer:
                     self.console.warn(f"{folder} is kept as {kept}")
         self.ranks.barrier()
 
-    @torch.no_grad()
     def _load(self, reader: CheckpointReader) -> None:
+        """Load weights, moments and loss scale, several parameters at a time: reading and hashing take turns."""
         fragments = {fragment.name: fragment for fragment in self.engine.fragments()}
         same_optimizer = self.has_moments(reader)
         if not same_optimizer:
             self.console.warn(f"{reader.folder} has no {', '.join(self._moments)}: the optimizer starts afresh")
         for name in self.engine.parameters:
-            shard = self._read(reader, name, "weight")
-            self.engine.load_weight(name, shard)
-            fragment = fragments.get(name)
-            if fragment is None:
-                continue
-            fragment.master.copy_(shard.flatten()[fragment.start : fragment.stop])
+            self._require_shape(reader, name)
+        for fragment in fragments.values():
             fragment.prepare_state(reader.manifest.updates_done if same_optimizer else 0, self._moments)
-            for key in self._moments:
-                if same_optimizer:
-                    part = self._read_part(reader, name, key, fragment.start, fragment.stop)
-                    fragment.moment(key).copy_(part)
-                else:
-                    fragment.moment(key).zero_()
+        stop = threading.Event()
+
+        @torch.no_grad()
+        def load(name: str) -> None:
+            if stop.is_set():
+                return
+            try:
+                self._load_parameter(reader, name, fragments.get(name), same_optimizer)
+            except BaseException:
+                stop.set()
+                raise
+
+        largest_first = sorted(self.engine.parameters, key=lambda name: -prod(self.engine.shard_shape(name)))
+        with one_thread(), ThreadPoolExecutor(READING_THREADS) as pool:
+            for _ in pool.map(load, largest_first):
+                pass
         if reader.manifest.loss_scale is not None:
             self.engine.set_loss_scale_state(reader.manifest.loss_scale.model_dump())
 
-    def _read(self, reader: CheckpointReader, name: str, kind: str) -> Tensor:
-        """This rank's shard; valid until the next one is read."""
+    def _load_parameter(self, reader: CheckpointReader, name: str, fragment: Any, with_moments: bool) -> None:
+        place = self.ranks.tensor_rank, self.ranks.tensor_size, self.plan.padded_vocab_size
+        shape = self.engine.shard_shape(name)
+        if fragment is not None and fragment.master.numel() == prod(shape) and _is_readable(fragment.master):
+            shard = reader.shard(name, "weight", *place, out=fragment.master.view(shape))
+            self.engine.load_weight(name, shard)
+        else:
+            shard = reader.shard(name, "weight", *place, out=reader.scratch(shape))
+            self.engine.load_weight(name, shard)
+            if fragment is not None:
+                fragment.master.copy_(shard.flatten()[fragment.start : fragment.stop])
+        for key in self._moments if fragment is not None else ():
+            moment = fragment.moment(key)
+            if not with_moments:
+                moment.zero_()
+                continue
+            part = moment if _is_readable(moment) else reader.scratch(tuple(moment.shape))
+            reader.part_of_shard(name, key, *place, fragment.start, part)
+            if part is not moment:
+                moment.copy_(part)
+
+    def _require_shape(self, reader: CheckpointReader, name: str) -> None:
         if name not in reader.manifest.parameters:
             raise CheckpointError(
                 f"{reader.folder}: has no parameter {name}; such a change of the model cannot be forced"
             )
         shape = self.engine.shard_shape(name)
-        shard = reader.shard(
-            name, kind, self.ranks.tensor_rank, self.ranks.tensor_size, self.plan.padded_vocab_size, borrowed=True
-        )
-        if tuple(shard.shape) != shape:
+        found = reader.shard_shape(name, self.ranks.tensor_size, self.plan.padded_vocab_size)
+        if found != shape:
             raise CheckpointError(
-                f"{reader.folder}: {name} is {list(shard.shape)} on this rank, the model wants {list(shape)}; such a "
+                f"{reader.folder}: {name} is {list(found)} on this rank, the model wants {list(shape)}; such a "
                 "change of the model cannot be forced"
             )
-        return shard
-
-    def _read_part(self, reader: CheckpointReader, name: str, kind: str, start: int, stop: int) -> Tensor:
-        ranks = self.ranks
-        return reader.part_of_shard(
-            name, kind, ranks.tensor_rank, ranks.tensor_size, self.plan.padded_vocab_size, start, stop
-        )
 
     def _rng(self, reader: CheckpointReader) -> dict[str, Tensor] | None:
         """Random states to go on from: dropout goes on where it was, if every rank has the same place as before."""
@@ -207,3 +232,8 @@ class Restorer:
         layout = (manifest.world_size, manifest.tensor_parallel_size, context, manifest.pipeline_parallel_size)
         sizes = plan.tensor_parallel_size, plan.context_parallel_size, plan.pipeline_parallel_size
         return reader.rng(self.ranks.rank) if layout == (plan.world_size, *sizes) else None
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether a file can be read straight into it."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous()

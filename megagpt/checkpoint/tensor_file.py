@@ -11,7 +11,6 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from megagpt.checkpoint.manifest import File
 from megagpt.errors import CheckpointError
 from megagpt.host_tensors import CHUNK_BYTES, bytes_of, read_elements
 from megagpt.storage import Location, RemotePath
+from megagpt.storage.local import EarlySync
 from megagpt.storage.transfer import open_ranges, upload
 
 _CODES = {
@@ -93,7 +93,13 @@ def _write_local(path: Path, header: dict[str, Any], content: Callable[[str], me
     """Write a file in one pass, the header with the hashes last; returns the header."""
     path.unlink(missing_ok=True)  # whoever reads the old one keeps it
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    write = partial(os.write, descriptor)
+    early = EarlySync(descriptor)
+
+    def write(data: memoryview) -> int:
+        count = os.write(descriptor, data)
+        early.wrote(count)
+        return count
+
     try:
         os.lseek(descriptor, len(_encoded(header)), os.SEEK_SET)
         for name in _names(header):

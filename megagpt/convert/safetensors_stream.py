@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from megagpt.errors import ConversionError
 from megagpt.host_tensors import CHUNK_BYTES, bytes_of
+from megagpt.storage.local import EarlySync
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -83,9 +85,10 @@ def write_safetensors(
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.sha256()
     with open(path, "xb", buffering=0) as file:
+        early = EarlySync(file.fileno())
         for part in (struct.pack("<Q", len(encoded)), encoded):
             digest.update(part)
-            file.write(part)
+            early.wrote(_write(file, memoryview(part)))
         for name, shape in shapes.items():
             rows = 0
             for block in make(name):
@@ -93,7 +96,7 @@ def write_safetensors(
                 rows += block.shape[0]
                 for data in _rounded(name, block, dtypes[name]):
                     digest.update(data)
-                    file.write(data)
+                    early.wrote(_write(file, data))
                 del block  # frees it before the next one is made
             assert rows == shape[0], name
         file.flush()
@@ -101,6 +104,13 @@ def write_safetensors(
         size = file.tell()
     assert size == 8 + len(encoded) + end
     return WrittenFile(size, digest.hexdigest())
+
+
+def _write(file: FileIO, data: memoryview) -> int:
+    count = len(data)
+    while len(data):
+        data = data[file.write(data) :]
+    return count
 
 
 def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:

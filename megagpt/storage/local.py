@@ -1,8 +1,14 @@
 """Local files which are either whole or absent: written under a temporary name, flushed to disk, then renamed."""
 
+import ctypes
+import functools
 import glob
 import os
 from pathlib import Path
+from typing import Any
+
+_EARLY_BYTES = 32 << 20
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h: begin to write dirty pages, wait for nothing
 
 
 def sync_path(path: Path) -> None:
@@ -12,6 +18,35 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class EarlySync:
+    """Has the system write a growing file to the disk while it is still being made, so that syncing it in the end does
+    not wait for all of it.
+
+    Args:
+        descriptor: of the file, which grows from its start to its end.
+    """
+
+    def __init__(self, descriptor: int):
+        self._descriptor, self._begun, self._end = descriptor, 0, 0
+
+    def wrote(self, count: int) -> None:
+        """Tell that so many more bytes have been written."""
+        self._end += count
+        if self._end - self._begun >= _EARLY_BYTES:
+            if (start := _start_of_writing()) is not None:
+                start(self._descriptor, self._begun, self._end - self._begun, _SYNC_FILE_RANGE_WRITE)
+            self._begun = self._end
+
+
+@functools.cache
+def _start_of_writing() -> Any:
+    """Linux' sync_file_range, of which errors do not matter: syncing comes later. None elsewhere."""
+    found = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if found is not None:
+        found.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return found
 
 
 def temporary_name(path: Path) -> Path:
