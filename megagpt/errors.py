@@ -39,6 +39,10 @@ class CheckpointError(MegagptError):
     """A checkpoint is missing, damaged or belongs to another model."""
 
 
+class StorageError(MegagptError):
+    """An object store refuses, is not there or does not answer; nothing is said about what it holds."""
+
+
 class TrainingError(MegagptError):
     """A run cannot go on: its loss is no number any more, or one of its ranks is lost."""
 
@@ -57,9 +61,18 @@ class RankError(TrainingError):
 
 
 class UnreliableError(TrainingError):
-    """A device or a transfer has erred silently; started again elsewhere, the run may well go on."""
+    """A device or a transfer has erred silently; started again elsewhere, the run may well go on.
+
+    Args:
+        text: what was found.
+        suspects: hosts by the ranks that it was found on, if that is known.
+    """
 
     exit_code = 75
+
+    def __init__(self, text: str, suspects: dict[int, str] | None = None):
+        super().__init__(text)
+        self.suspects = suspects or {}
 
 
 class ConversionError(MegagptError):

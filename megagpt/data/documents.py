@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from megagpt.data.inputs import Format, Input, decompressed, find_inputs, open_input
 from megagpt.data.jsonl import BadLineError, parse_texts
@@ -32,8 +32,7 @@ class Part:
     stop: int = -1
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """Texts of one document, a string or (if long) fragments for each key; or what is wrong with it."""
 
     texts: Sequence[str | Fragments]
@@ -49,7 +48,7 @@ class Document:
 
     def error(self, fault: BadLineError) -> DataError:
         """What to raise if this is no document."""
-        return DataError(f"{self.locate()}: {fault}; mend the line or pass --on-bad-line skip")
+        return DataError(f"{self.locate()}: {fault}; {fault.fix} or pass --on-bad-line skip")
 
 
 def read_documents(
@@ -172,7 +171,7 @@ def _parse_long(
 ) -> Document:
     try:
         texts = parse_texts(line.reduce(), text_keys)
-        line.check()
+        line.check(but=texts)
     except BadLineError as fault:
         return Document((), num_bytes, locate, fault, place)
     return Document([_fragments_of(line, text) for text in texts], num_bytes, locate, place=place)

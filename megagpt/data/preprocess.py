@@ -5,7 +5,6 @@ all are there, one rank copies them one after the other. So bytes depend neither
 goes on with the units that are missing, and what stands under the final names is always whole.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ from typing import Any, Literal
 import megagpt
 from megagpt.data import manifest as manifests
 from megagpt.data.documents import read_documents
-from megagpt.data.encode import Encoding, OnBadLine
-from megagpt.data.files import remove_temporary, sha256_of_file
+from megagpt.data.encode import Encoder, Encoding, OnBadLine
 from megagpt.data.indexed import IndexedWriter, bin_path, dtype_for_vocabulary, idx_path
 from megagpt.data.inputs import Format, Input, find_inputs
 from megagpt.data.job_rank import ALONE, JobRank
@@ -25,9 +23,12 @@ from megagpt.data.jsonl import BadLineError
 from megagpt.data.manifest import InputFile, Manifest, read_manifest
 from megagpt.data.merge import merge_units
 from megagpt.data.progress import ByteProgress
-from megagpt.data.work import Plan, WorkFolder, plan_units
+from megagpt.data.work import DamagedWorkError, Plan, WorkFolder, plan_units
 from megagpt.data.workers import Todo, WorkerKilledError, run_here, run_in_processes
 from megagpt.errors import DataError
+from megagpt.storage.local import remove_temporary
+from megagpt.storage.transfer import sha256_of
+from megagpt.tokenization.codec import Codec
 from megagpt.tokenization.gigatoken_codec import fast_codec
 from megagpt.tokenization.tokenizer import Tokenizer
 
@@ -101,6 +102,10 @@ def run_job(
     """
     if min(workers, threads) < 1:
         raise DataError(f"workers={workers} and threads={threads} must be 1 or more")
+    if job.min_length < 0:
+        raise DataError(f"--min-length {job.min_length} is negative; give 0 (keep all) or more characters")
+    if str(job.prefix).endswith("/"):
+        raise DataError(f"--output-prefix {job.prefix} is a folder; add a name, as {Path(job.prefix) / 'dataset'}")
     if not job.text_keys or len(set(job.text_keys)) < len(job.text_keys):
         raise DataError(f"text keys {', '.join(job.text_keys) or 'are missing'}; give each key once")
     tokenizer = Tokenizer.load(job.tokenizer)
@@ -114,7 +119,7 @@ def run_job(
             try:
                 _do_share(job, work, plan, ranks.rank, tokenizer, workers, threads, backend)
                 return _merge(job, work, plan, tokenizer)
-            except WorkerKilledError:
+            except (WorkerKilledError, DamagedWorkError):
                 raise
             except DataError:
                 # With an input that must be mended, what was done so far is of no use.
@@ -197,7 +202,7 @@ def _same_inputs(known: Sequence[InputFile], inputs: Sequence[Input]) -> bool:
         if file.bytes != source.bytes:
             return False
         # Touched or copied: the content decides.
-        if file.modified_ns != source.modified_ns and file.sha256 != sha256_of_file(Path(source.path)):
+        if file.modified_ns != source.modified_ns and file.sha256 != sha256_of(Path(source.path)):
             return False
     return True
 
@@ -214,13 +219,12 @@ def _do_share(
 ) -> None:
     """Do the units of a rank."""
     todo = Todo(work, plan, rank)
-    fast = False
+    fast: Codec | None = None
     if todo.units and backend != "reference":
-        codec, reason = fast_codec(tokenizer, _probe(job, plan))
-        fast = codec is not None
-        if not fast and backend == "gigatoken":
+        fast, reason = fast_codec(tokenizer, _probe(job, plan))
+        if fast is None and backend == "gigatoken":
             raise DataError(f"--backend gigatoken: {reason}; use --backend auto")
-        if not fast and tokenizer.kind == "huggingface":
+        if fast is None and tokenizer.kind == "huggingface":
             _tell(f"the tokenizers library encodes, which is slower: {reason}")
     encoding = Encoding(
         tokenizer=str(job.tokenizer),
@@ -229,12 +233,12 @@ def _do_share(
         min_length=job.min_length,
         on_bad_line=job.on_bad_line,
         threads=threads,
-        fast=fast,
+        fast=fast is not None,
     )
     with ByteProgress("tokenising", todo.total_bytes) as progress:
         progress.skip(todo.total_bytes - todo.left_bytes)
         if workers == 1 or len(todo.units) + len(todo.hashes) < 2:
-            run_here(work, plan, encoding, todo, progress)
+            run_here(work, plan, Encoder(encoding, fast or tokenizer.codec), todo, progress)
         else:
             run_in_processes(work, plan, encoding, todo, progress, workers)
 
@@ -270,7 +274,7 @@ def _merge(job: Job, work: WorkFolder, plan: Plan, tokenizer: Tokenizer) -> list
         if not mine:
             return []
         files = tuple(
-            InputFile(source.path, source.bytes, source.modified_ns, json.loads(work.hash_file(index).read_bytes()))
+            InputFile(source.path, source.bytes, source.modified_ns, work.input_hash(index))
             for index, source in enumerate(plan.inputs)
         )
         done = [work.done(number) for number in range(len(plan.units))]
@@ -285,7 +289,8 @@ def _merge(job: Job, work: WorkFolder, plan: Plan, tokenizer: Tokenizer) -> list
             remove_temporary(bin_path(prefix), idx_path(prefix))  # of a merge that was killed
             with IndexedWriter(prefix, tokenizer.vocab_size, empty_documents_have_a_sequence=False) as writer:
                 merge_units(work, len(plan.units), key, writer, job.seed)
-                # The old manifest must not describe new files, not even for a moment.
+                writer.finish()
+                # The old manifest must not describe new files, not even for a moment; but stays if the disk is full.
                 manifests.manifest_path(prefix).unlink(missing_ok=True)
             made.append(_manifest(job, job.text_keys[key], tokenizer, writer, short, bad, files))
             manifests.write_manifest(prefix, made[-1])

@@ -1,23 +1,23 @@
-"""Runs units and hashes in processes, or in this one."""
+"""Runs units and hashes in processes, or in this one (which imports nothing that only processes need)."""
 
 import json
-import multiprocessing
 import os
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megagpt.data.documents import Part
 from megagpt.data.encode import Encoder, Encoding
-from megagpt.data.files import sha256_of_file, write_whole
+from megagpt.data.files import write_whole
 from megagpt.data.inputs import Input
 from megagpt.data.progress import ByteProgress
 from megagpt.data.work import Plan, WorkFolder
 from megagpt.errors import DataError
+from megagpt.storage.transfer import sha256_of
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -29,30 +29,30 @@ class WorkerKilledError(DataError):
 class _Worker:
     """What one process needs to do units."""
 
-    def __init__(self, encoding: Encoding, inputs: Sequence[Input], folder: Path):
+    def __init__(self, encoding: Encoding, inputs: Sequence[Input], folder: Path, encoder: Encoder | None = None):
         self._encoding, self._inputs, self._folder = encoding, inputs, folder
-        self._encoder: Encoder | None = None
+        self._encoder = encoder
 
     def unit(self, number: int, parts: Any, report: Any) -> None:
-        self._encoder = self._encoder or Encoder(self._encoding)
+        self._encoder = self._encoder or Encoder.load(self._encoding)
         self._encoder.encode_unit(number, parts, self._inputs, self._folder, report)
 
     def hash(self, index: int, target: Path) -> None:
         try:
-            found = sha256_of_file(Path(self._inputs[index].path))
+            found = sha256_of(Path(self._inputs[index].path))
         except OSError as error:
             raise DataError(f"input {self._inputs[index].path} cannot be read ({error.strerror})") from None
-        write_whole(target, json.dumps(found).encode())
+        write_whole(target, json.dumps(found).encode(), durable=False)
 
 
-def run_here(work: WorkFolder, plan: Plan, encoding: Encoding, todo: "Todo", progress: ByteProgress) -> None:
+def run_here(work: WorkFolder, plan: Plan, encoder: Encoder, todo: "Todo", progress: ByteProgress) -> None:
     """Do the units and hashes of a rank in this process.
 
     Raises:
         DataError: an input is unusable.
         OSError: the disk is full or gone.
     """
-    worker = _Worker(encoding, plan.inputs, work.path)
+    worker = _Worker(encoder.encoding, plan.inputs, work.path, encoder)
     for number in todo.units:
         worker.unit(number, plan.units[number], progress.advance)
     for index in todo.hashes:
@@ -95,6 +95,10 @@ def run_in_processes(
         DataError: an input is unusable, or a process was killed.
         OSError: the disk is full or gone.
     """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
     # Spawned, not forked: a fork while another thread holds a lock would hang.
     context = multiprocessing.get_context("spawn")
     reports = context.SimpleQueue()
@@ -112,7 +116,9 @@ def run_in_processes(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _as_they_end(jobs: Sequence[Future], reports: Any, progress: ByteProgress) -> Iterator[Future]:
+def _as_they_end(jobs: "Sequence[Future]", reports: Any, progress: ByteProgress) -> "Iterator[Future]":
+    from concurrent.futures import FIRST_COMPLETED, wait
+
     running = set(jobs)
     while running:
         ended, running = wait(running, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
@@ -126,6 +132,8 @@ _reports: Any = None
 
 
 def _start_worker(encoding: Encoding, inputs: Sequence[Input], folder: Path, reports: Any) -> None:
+    import threading
+
     global _worker, _reports
     _worker, _reports = _Worker(encoding, inputs, folder), reports
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -133,6 +141,8 @@ def _start_worker(encoding: Encoding, inputs: Sequence[Input], folder: Path, rep
 
 def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever."""
+    import multiprocessing
+
     parent = multiprocessing.parent_process()
     assert parent is not None, "this is a worker"
     parent.join()

@@ -64,12 +64,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         ConfigError: the file cannot be read, or any key or value is wrong; all problems are reported at once.
     """
     tree = read_yaml_mapping(Path(path))
-    problems = []
-    for override in overrides:
-        try:
-            apply_override(tree, override)
-        except ConfigError as error:
-            problems += error.problems
+    problems = _apply_overrides(tree, overrides)
     source = f"{path} with the command line's overrides" if overrides else str(path)
     return _build(tree, source=source, problems=problems)
 
@@ -85,6 +80,18 @@ def run_config_from_dict(tree: dict[str, Any], source: str = "run config") -> Ru
         ConfigError: any key or value is wrong; all problems are reported at once.
     """
     return _build(copy.deepcopy(tree), source=source, problems=[])
+
+
+def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of an in-memory tree with `section.key=value` texts applied; values are read as YAML.
+
+    Raises:
+        ConfigError: an override is malformed; all problems are reported at once.
+    """
+    changed = copy.deepcopy(tree)
+    if problems := _apply_overrides(changed, overrides):
+        raise ConfigError(problems)
+    return changed
 
 
 def preset_names() -> list[str]:
@@ -237,6 +244,17 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
     return f"{place}{problem}"
+
+
+def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Set `section.key=value` overrides in the raw tree, in place; what is wrong with any of them."""
+    problems = []
+    for override in overrides:
+        try:
+            apply_override(tree, override)
+        except ConfigError as error:
+            problems += error.problems
+    return problems
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
