@@ -21,6 +21,7 @@ SHORTER = {
     "deepspeed --num_gpus": SMALL,
     "deepspeed --hostfile": f"{SMALL} training.steps=1 data.split=[1,0,0] optimizer.warmup_steps=0",
     "torchrun": SMALL,
+    "python tools/clean_data.py": "language=false",  # the corpus is no language
     "python tools/doctor.py": SMALL,
     "python tools/train_tokenizer.py": "--vocab-size 300",
     "tensorboard": "--inspect",

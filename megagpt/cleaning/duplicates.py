@@ -15,9 +15,10 @@ from datatrove.data import DocumentsPipeline
 from datatrove.io import get_datafolder
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
+from datatrove.utils.text import ngrams
 
 from megagpt.cleaning import recipe
-from megagpt.cleaning.words import WORDS, hash_text
+from megagpt.cleaning.words import WORDS, hash_text, simplified_words
 from megagpt.data.files import write_whole
 
 EXACT = MinhashConfig(num_buckets=1, hashes_per_bucket=2)
@@ -66,7 +67,12 @@ class NearSignature(MinhashDedupSignature):
 
     def __init__(self, folder: Path, options: recipe.NearDuplicates):
         super().__init__(str(folder), near_config(options), language=WORDS)
-        self._hash_func = hash_text
+
+    def get_shingles(self, text: str) -> np.ndarray:
+        """Hashed n-grams of words: (number, 1) of uint64."""
+        words = simplified_words(text)
+        hashes = [hash_text(" ".join(gram)) for gram in ngrams(words, self.config.n_grams)]
+        return np.array(hashes, dtype=np.uint64).reshape(-1, 1)
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
         """Signature of hashed n-grams: the smallest of each hash.

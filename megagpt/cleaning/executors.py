@@ -187,8 +187,10 @@ class SlurmStage(SlurmPipelineExecutor):
             super().launch_job()
         except FileNotFoundError:
             raise DataError("sbatch is not on PATH; run this on a login node, or without --slurm") from None
-        except subprocess.CalledProcessError as error:
-            raise DataError(f"sbatch refused the job of {self._stage_name} (see above); {error}") from None
+        except subprocess.CalledProcessError:
+            raise DataError(
+                f"sbatch refused the job of stage {self._stage_name}, see above; mend --slurm or --sbatch"
+            ) from None
         finally:
             (self._places.log(self._stage_name) / "executor.pik").unlink(missing_ok=True)
 

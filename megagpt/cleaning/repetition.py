@@ -14,7 +14,7 @@ from megagpt.cleaning import recipe
 from megagpt.cleaning.ledger import Dropped, Ledger
 from megagpt.cleaning.words import WORDS
 
-LEAST = 1e-9
+_LEAST = 1e-9
 """Instead of a limit of 0, by which datatrove means that there is no limit."""
 # datatrove's reasons, and the keys of the recipe that lead to them
 _NAMES = {
@@ -30,10 +30,10 @@ class RepetitionFilter(GopherRepetitionFilter):
 
     def __init__(self, options: recipe.Repetition, ledger: Ledger):
         super().__init__(
-            dup_line_frac=options.max_duplicate_lines or LEAST,
-            dup_para_frac=options.max_duplicate_paragraphs or LEAST,
-            dup_line_char_frac=options.max_duplicate_line_characters or LEAST,
-            dup_para_char_frac=options.max_duplicate_paragraph_characters or LEAST,
+            dup_line_frac=options.max_duplicate_lines or _LEAST,
+            dup_para_frac=options.max_duplicate_paragraphs or _LEAST,
+            dup_line_char_frac=options.max_duplicate_line_characters or _LEAST,
+            dup_para_char_frac=options.max_duplicate_paragraph_characters or _LEAST,
             top_n_grams=(),
             dup_n_grams=(),
             exclusion_writer=Dropped(ledger, "repetition", _NAMES),

@@ -86,12 +86,18 @@ def read_report(output: str | Path) -> Report | None:
 def table(report: Report) -> str:
     """The report as a table: a line for each step that dropped or changed something, and for each reason."""
     whole = report.read["documents"]
-    rows: list[Sequence[str]] = [("step", "", "documents", "of all", "MB of text")]
-    rows.append(("read", "", *_amounts(report.read, whole)))
+    unit, per_unit = ("MB", 1e6) if report.read["bytes"] > 1e7 else ("kB", 1e3)
+    rows: list[Sequence[str]] = [("step", "", "documents", "of all", f"{unit} of text")]
+
+    def amounts(tally: dict[str, int], sign: str = "") -> tuple[str, str, str]:
+        documents, size = tally["documents"], tally["bytes"] / per_unit
+        return f"{sign}{documents:,}", _share(documents, whole), f"{sign}{size:,.2f}"
+
+    rows.append(("read", "", *amounts(report.read)))
     for name, step in report.steps.items():
-        label = name.replace("_", " ")
+        label = "" if name == "read" else name.replace("_", " ")
         for reason, dropped in sorted(step["dropped"].items(), key=lambda item: (-item[1]["documents"], item[0])):
-            rows.append((label, reason, *_amounts(dropped, whole, "-")))
+            rows.append((label, reason, *amounts(dropped, "-")))
             label = ""
         if step["changed"]:
             rows.append((label, "changed", f"{step['changed']:,}", _share(step["changed"], whole), ""))
@@ -99,9 +105,9 @@ def table(report: Report) -> str:
         for what, number in sorted(step["counts"].items()):
             rows.append((label, what, f"{number:,}", "", ""))
             label = ""
-        if label and name != "read":
+        if label:
             rows.append((label, "nothing found", "0", "", ""))
-    rows.append(("kept", "", *_amounts(report.kept, whole)))
+    rows.append(("kept", "", *amounts(report.kept)))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = [
         "  ".join(
@@ -111,11 +117,6 @@ def table(report: Report) -> str:
         for row in rows
     ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def _amounts(tally: dict[str, int], whole: int, sign: str = "") -> tuple[str, str, str]:
-    documents, size = tally["documents"], tally["bytes"]
-    return f"{sign}{documents:,}", _share(documents, whole), f"{sign}{size / 1e6:,.2f}"
 
 
 def _share(part: int, whole: int) -> str:

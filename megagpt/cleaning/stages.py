@@ -18,6 +18,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from megagpt.cleaning import duplicates, filters, texts
 from megagpt.cleaning.ledger import Ledger, Meter
+from megagpt.cleaning.quality import QualityFilter
 from megagpt.cleaning.recipe import Recipe, unflatten
 from megagpt.cleaning.repetition import RepetitionFilter
 from megagpt.cleaning.shards import KeptWriter, Reader, ShardWriter
@@ -124,7 +125,7 @@ def _cleaning(recipe: Recipe, plan: Plan, places: Places) -> list[PipelineStep]:
         "whitespace": texts.TidyWhitespace,
         "length": filters.LengthFilter,
         "language": filters.LanguageFilter,
-        "quality": filters.quality,
+        "quality": QualityFilter,
         "repetition": RepetitionFilter,
         "c4": filters.C4Filter,
         "personal_data": texts.MaskPersonalData,

@@ -84,6 +84,9 @@ def _plain(text: str, main_content: bool = False) -> str:
     return extract_plain_text(text, main_content=main_content, alt_texts=False, comments=False)
 
 
+_NOT_PLAIN = re.compile(r"[^\n\t -%'-~]")
+
+
 class MendUnicode(TextStep):
     """Characters, by datatrove's formatter around ftfy."""
 
@@ -99,7 +102,9 @@ class MendUnicode(TextStep):
         )
 
     def change(self, text: str) -> str:
-        """Mend a text."""
+        """Mend a text; ftfy has nothing to do for plain ASCII."""
+        if text.isascii() and not _NOT_PLAIN.search(text):
+            return text
         return self._formatter.format(text)
 
 

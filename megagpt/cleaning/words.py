@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 
 import xxhash
+from datatrove.utils.text import TextNormConfig, simplify_text
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 # Thai and Lao, Myanmar, Khmer, Kana, Han
@@ -53,6 +54,13 @@ class PlainWords(WordTokenizer):
 
 
 WORDS = PlainWords()
+_WITHOUT_ACCENTS = TextNormConfig(norm_unicode_diacritics=False)
+
+
+def simplified_words(text: str) -> list[str]:
+    """Words by which texts are compared: letter case, punctuation, accents and digits set aside, as by datatrove."""
+    simple = simplify_text(text, _WITHOUT_ACCENTS) if text.isascii() else simplify_text(text)
+    return WORDS.word_tokenize(simple)
 
 
 def hash_text(text: str) -> int:

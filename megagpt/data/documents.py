@@ -131,11 +131,15 @@ def _read_lines(
                 finally:
                     long_line.close()
             elif not line.isspace():
-                record = partial(json.loads, line)
+                record = partial(_whole_record, line)
                 try:
                     yield Document(parse_texts(line, text_keys), size, locate, place=place, record=record)
                 except BadLineError as fault:
                     yield Document((), size, locate, fault, place)
+
+
+def _whole_record(line: bytes) -> dict[str, Any]:
+    return json.loads(line.decode("utf-8"))  # given bytes, json guesses the encoding
 
 
 def _skip_to_line_start(file: BinaryIO, start: int, end: float) -> int:
