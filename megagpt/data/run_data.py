@@ -3,15 +3,19 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megagpt.data.fill_in_middle import make_middle_filler
-from megagpt.data.indexed import IndexedDataset, bin_path
+from megagpt.data.indexed import IndexedDataset
 from megagpt.data.manifest import Manifest, read_manifest, verify_files
 from megagpt.data.mixture import MixedStream, Mixture, Samples, make_mixture
+from megagpt.data.opening import dataset_file
 from megagpt.data.samples import SampleStream, split_ranges
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import ConfigError, DataError
 from megagpt.plan.data_config import DataConfig, NamedPrefix
+from megagpt.storage import RemotePath
+from megagpt.storage.cache import Cache
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ class _Opened:
         for split, entries in splits.items():
             for entry in entries:
                 _, manifest = self._open(entry.prefix)
-                for key in (os.path.realpath(bin_path(entry.prefix)), *([manifest.bin_sha256] if manifest else [])):
+                for key in (_identity(entry.prefix), *([manifest.bin_sha256] if manifest else [])):
                     other_split, other = seen.setdefault(key, (split, entry.prefix))
                     if other_split != split:
                         raise DataError(
@@ -195,13 +199,26 @@ class _Opened:
     def _open(self, prefix: str) -> tuple[IndexedDataset, Manifest | None]:
         if prefix not in self._datasets:
             manifest = read_manifest(prefix)
-            dataset = IndexedDataset(prefix, check_rows=manifest is None)
+            sha256 = None if manifest is None else manifest.idx_sha256
+            dataset = IndexedDataset(prefix, manifest is None, cache_of(self._config), sha256)
             if manifest is not None:
                 _check_manifest(prefix, manifest, dataset, self._vocab_size)
             if self._tokenizer is not None:
                 _check_tokenizer(prefix, manifest, self._tokenizer, self._vocab_size)
             self._datasets[prefix] = dataset, manifest
         return self._datasets[prefix]
+
+
+def cache_of(config: DataConfig) -> Cache:
+    """The cache for datasets in object stores."""
+    folder = None if config.cache_directory is None else Path(config.cache_directory)
+    return Cache(folder, int(config.cache_gb * 1e9))
+
+
+def _identity(prefix: str) -> str:
+    """The same for two prefixes of one file."""
+    path = dataset_file(prefix, ".bin")
+    return str(path) if isinstance(path, RemotePath) else os.path.realpath(path)
 
 
 def _check_manifest(prefix: str, manifest: Manifest, dataset: IndexedDataset, vocab_size: int) -> None:

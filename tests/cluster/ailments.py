@@ -1,5 +1,6 @@
 """What the doctor must find: faults of one node, planted on the running cluster and taken away again."""
 
+import contextlib
 import json
 import re
 import sys
@@ -37,8 +38,8 @@ class Ailment:
     """Of the run config, for the doctor."""
     variables: str = ""
     """For the job, `NAME=value,...`."""
-    alone: bool = False
-    """It hides others."""
+    group: int = 1
+    """Those of one group do not hide each other."""
 
     def is_in(self, findings: list[dict[str, str]]) -> bool:
         """Whether the doctor has found it."""
@@ -94,6 +95,12 @@ def _few_files(cluster: Cluster, run: Run) -> None:
     _shell(cluster, 'prlimit --pid "$(</run/slurmd.pid)" --nofile=512:512')
 
 
+def _restart_slurmd(cluster: Cluster, run: Run) -> None:
+    """A limit that was lowered cannot be raised again."""
+    cluster.control("stop-slurmd", NODE)
+    cluster.control("start-slurmd", NODE)
+
+
 AILMENTS = {
     "another version of a library": Ailment(
         _other_version, _metadata, "versions", "failed", "safetensors: node2 has 0.0.9, others "
@@ -118,6 +125,7 @@ AILMENTS = {
         "disk",
         "failed",
         "3 checkpoints of .* GiB free in ",
+        overrides=("checkpoint.directory={disk}/checkpoints",),
     ),
     "a folder that cannot be written to": Ailment(
         lambda cluster, run: _shell(
@@ -127,17 +135,18 @@ AILMENTS = {
         "shared: logging.directory",
         "failed",
         "node2 cannot write: Read-only file system",
+        group=2,
     ),
     "a dataset that is missing": Ailment(
         lambda cluster, run: _shell(cluster, f"mount -t tmpfs none {cluster.folder.parent}/data"),
         lambda cluster, run: _on(cluster, "umount", f"{cluster.folder.parent}/data"),
         "data",
         "failed",
-        "node2: .*data.idx",
+        "node2: tokenizer .* does not exist",
     ),
     "few open files": Ailment(
         _few_files,
-        lambda cluster, run: _shell(cluster, 'prlimit --pid "$(</run/slurmd.pid)" --nofile=1048576:1048576'),
+        _restart_slurmd,
         "limits",
         "warning",
         "node2: only 512 open files",
@@ -164,15 +173,16 @@ AILMENTS = {
         "failed",
         "GiB estimated per rank",
         overrides=("model.hidden_size=16384", "model.num_layers=64"),
+        group=2,
     ),
     "a slow link": Ailment(_slow, _fast, "network", "warning", "node1 to node2: .* Mbit/s"),
     "closed ports": Ailment(
-        lambda cluster, run: _close_ports(cluster, "30000-65535", NODE),
+        lambda cluster, run: _close_ports(cluster, "30000-65534", NODE),
         lambda cluster, run: _open_ports(cluster, NODE),
         "network",
         "failed",
         "node1 cannot reach node2: ",
-        alone=True,
+        group=3,
     ),
     "a closed master port": Ailment(
         lambda cluster, run: _close_ports(cluster, "20000-29999", "node1"),
@@ -180,7 +190,7 @@ AILMENTS = {
         "meeting",
         "failed",
         "2 have not come to node1",
-        alone=True,
+        group=4,
     ),
 }
 
@@ -189,18 +199,17 @@ def examine(cluster: Cluster, run: Run, ailments: tuple[Ailment, ...] = ()) -> t
     """Have the doctor look at all nodes, with some faults planted: its findings, and what it printed."""
     found = run.folder / "doctor.json"
     found.unlink(missing_ok=True)
-    overrides = [word for ailment in ailments for word in ailment.overrides]
-    planted = f"PYTHONPATH={cluster.root}/tests/cluster/planted:{cluster.root}"
-    variables = ",".join(["ALL", planted, *(ailment.variables for ailment in ailments if ailment.variables)])
+    overrides = [word.format(disk=cluster.disk) for ailment in ailments for word in ailment.overrides]
+    path = f"PYTHONPATH={cluster.root}/tests/cluster/planted:{cluster.root}"
+    variables = ",".join(["ALL", path, *(ailment.variables for ailment in ailments if ailment.variables)])
     command = f"srun {sys.executable} tools/doctor.py {' '.join(run.arguments)} --json {found} {' '.join(overrides)}"
     words = (output_option(cluster), *OPTIONS, "--ntasks-per-node=2", f"--export={variables}", f"--wrap={command}")
-    for ailment in ailments:
-        ailment.plant(cluster, run)
-    try:
+    with contextlib.ExitStack() as planted:
+        planted.callback(cluster.wait_until_idle)
+        for ailment in ailments:
+            planted.callback(ailment.cure, cluster, run)
+            ailment.plant(cluster, run)
         job = cluster.submit(*words)
         cluster.wait_for(job, ENDED, 180)
-    finally:
-        for ailment in ailments:
-            ailment.cure(cluster, run)
     findings = json.loads(found.read_text()) if found.exists() else []
     return findings, cluster.output(job)

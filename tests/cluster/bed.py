@@ -93,6 +93,13 @@ class Cluster:
         idle = self.run("head", "sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()
         return set(idle) == set(self.nodes)
 
+    def wait_until_idle(self, seconds: float = 60.0) -> None:
+        """Wait for all nodes; it must not take longer."""
+        deadline = time.monotonic() + seconds
+        while not self.is_idle():
+            assert time.monotonic() < deadline, self.run("head", "sinfo", "-N", "-l")
+            time.sleep(0.5)
+
     def submit(self, *words: str) -> str:
         """Submit a job; its number."""
         return self.run("head", "sbatch", "--parsable", *words).strip()

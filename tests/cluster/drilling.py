@@ -9,8 +9,6 @@ from typing import Literal
 from bed import Cluster
 from small_runs import Run, srun_job
 
-PACE = 0.4
-"""Seconds that a step takes at least."""
 STEPS_BETWEEN = 6
 """More than from one checkpoint to the next, so that a restart always has made progress."""
 START_SECONDS = 180.0
@@ -40,6 +38,8 @@ class Fault:
     """That a run needs for it."""
     patience: float = 60.0
     """Seconds from the fault to its words."""
+    pace: float = 0.4
+    """Seconds that a step takes at least."""
     once: bool = False
     """Whether a run can meet it but once."""
     sections: tuple[tuple[str, dict], ...] = ()
@@ -64,12 +64,11 @@ class Drill:
     Args:
         cluster: a healthy one.
         run: what to train.
-        plant: `Fault.plant`.
-        options: for sbatch.
+        first: the first fault that it will meet; what it plants, its pace and its options for sbatch are the run's.
     """
 
-    def __init__(self, cluster: Cluster, run: Run, plant: str = "", options: tuple[str, ...] = ()):
-        self.cluster, self.run, self._plant, self._options = cluster, run, plant, options
+    def __init__(self, cluster: Cluster, run: Run, first: Fault):
+        self.cluster, self.run, self._first = cluster, run, first
         self.first_job = self.submit()
         self.job = self.first_job
         self._mark = 0
@@ -78,12 +77,12 @@ class Drill:
         """Submit the shipped batch file; the job's number."""
         variables = {
             "PYTHONPATH": f"{self.cluster.root}/tests/cluster/planted:{self.cluster.root}",
-            "DRILL_STEP_SECONDS": PACE,
-            "DRILL_PLANT": self._plant,
+            "DRILL_STEP_SECONDS": self._first.pace,
+            "DRILL_PLANT": self._first.plant,
             "DRILL_MARK": self.run.folder / "planted",
         }
         exported = ",".join(f"{name}={value}" for name, value in variables.items())
-        return self.cluster.submit(*srun_job(self.cluster, self.run, f"--export=ALL,{exported}", *self._options))
+        return self.cluster.submit(*srun_job(self.cluster, self.run, f"--export=ALL,{exported}", *self._first.options))
 
     def output(self) -> str:
         """All that the run has printed, whatever the job."""

@@ -98,11 +98,17 @@ FAULTS = {
     "scancel": Fault(slurm("scancel"), "stopped by a signal|CANCELLED", then="by hand"),
     "requeue": Fault(slurm("scontrol", "requeue"), "stopped by a signal|REQUEUE"),
     "time limit": Fault(
-        lambda drill: None, "stopped before the time limit|stopped by a signal", options=("--time=2",), steps=200
+        lambda drill: None,  # the batch file has the ranks warned two minutes before it
+        "stopped by a signal; the same command goes on from here",
+        options=("--time=3",),
+        pace=1.2,
+        steps=60,
+        patience=150.0,
+        once=True,
     ),
     "disk full": Fault(
         lambda drill: fill_disk(drill),
-        "No space left|room",
+        "error: .* could not be saved .* are free",
         then="by hand",
         mend=lambda drill: drill.cluster.run("head", "rm", str(drill.cluster.disk / "filler")) and None,
         sections=(("checkpoint", {"directory": "{disk}/checkpoints"}),),

@@ -52,7 +52,7 @@ class Rehearsal:
         first = faults[0]
         expected = self.undisturbed(first.sections)
         run = self.run(min(8 + sum(fault.steps for fault in faults), DECAY_STEPS), first.sections)
-        drill = Drill(self.cluster, run, first.plant, first.options)
+        drill = Drill(self.cluster, run, first)
         try:
             met = [drill.meet(fault) for fault in faults]
             self._judge(drill, drill.finish(), faults[-1].then == "given up", expected)
@@ -90,7 +90,4 @@ class Rehearsal:
         for host in self.cluster.nodes:
             if not self.cluster.is_up(host):
                 self.cluster.control("heal-node", host)
-        deadline = time.monotonic() + 60.0
-        while not self.cluster.is_idle() and time.monotonic() < deadline:
-            time.sleep(0.5)
-        assert self.cluster.is_idle(), self.cluster.run("head", "sinfo", "-N", "-l")
+        self.cluster.wait_until_idle()

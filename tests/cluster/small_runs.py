@@ -10,7 +10,7 @@ from bed import Cluster
 
 BIN = Path(sys.executable).parent
 OPTIONS = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10")
-DECAY_STEPS = 120
+DECAY_STEPS = 90
 """The same for all runs, so that a shorter one is the beginning of a longer one."""
 
 

@@ -53,7 +53,7 @@ class Job:
     def save(self, step: int) -> None:
         path = self.folder / "checkpoints" / f"step-{step:08d}"
         path.mkdir(parents=True)
-        (path / "manifest.json").touch()
+        (path / "manifest.sha256").touch()
 
     def verdict(self, kind: str, hosts: list[str], text: str = "") -> None:
         folder = BeatFolder(self.folder / "logs" / "watchdog" / f"start-{kind}")

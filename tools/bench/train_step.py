@@ -126,7 +126,7 @@ def median_ratio(theirs: list[float], ours: list[float]) -> float:
 def report(console: Console, title: str, size: Size, sides: list[Side]) -> list[str]:
     """Print a table; returns one line per goal that is missed."""
     table = Table(title=title, title_justify="left")
-    table.add_column("side")
+    table.add_column("side", no_wrap=True)
     for column in ("tokens/s median", "best", "megagpt is", "in CPU time", "peak GB", "of megagpt's"):
         table.add_column(column, justify="right")
     ours, missed = sides[0], []
