@@ -20,7 +20,7 @@ class Place:
     rank: int
     world_size: int
     local_rank: int
-    """Among those of this host."""
+    """Among those of this host; 0 if nobody has asked for it."""
 
 
 # Order matters: under mpirun inside a Slurm allocation SLURM_PROCID is 0 in every rank, so MPI is asked first;
@@ -37,17 +37,22 @@ _NEEDED = {"srun": "SLURM_STEP_ID", "mpirun (MPICH)": "MPI_LOCALRANKID"}
 """Without it the variables belong to something else: a batch script, or srun's PMI plugin."""
 
 
-def find_place(environ: Mapping[str, str] = os.environ) -> Place | None:
+def find_place(environ: Mapping[str, str] = os.environ, with_local_rank: bool = True) -> Place | None:
     """Rank, local rank and number of ranks from the launcher's variables; None: no launcher has started this process.
+
+    Args:
+        environ: variables of this process.
+        with_local_rank: whether that is needed too, for which MPICH's variables alone are not enough.
 
     Raises:
         LaunchError: a variable is missing, is no number or contradicts another one.
     """
     for launcher, rank_key, local_key, size_key in _LAUNCHERS:
-        if rank_key not in environ or _NEEDED.get(launcher, rank_key) not in environ:
+        needed = _NEEDED.get(launcher, rank_key)
+        if rank_key not in environ or (needed not in environ and (with_local_rank or needed != local_key)):
             continue
         rank, world_size = number(environ, rank_key, launcher), number(environ, size_key, launcher)
-        local_rank = number(environ, local_key, launcher)
+        local_rank = number(environ, local_key, launcher) if with_local_rank else 0
         if not 0 <= rank < world_size:
             raise LaunchError(f"{rank_key}={rank} is outside 0 ... {size_key}-1={world_size - 1}; check the launcher")
         if launcher == "torchrun or deepspeed":

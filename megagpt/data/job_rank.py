@@ -36,7 +36,8 @@ def find_job_rank(
                 f"--rank={rank} is outside 0 ... --world-size - 1 = {world_size - 1}; give each rank once"
             )
         return JobRank(rank, world_size)
-    place = find_place(environ)  # inside an array task or allocation the innermost launcher counts
+    # Inside an array task or allocation the innermost launcher counts.
+    place = find_place(environ, with_local_rank=False)
     inner = ALONE if place is None else JobRank(place.rank, place.world_size)
     if "SLURM_ARRAY_TASK_ID" not in environ:
         return inner

@@ -278,9 +278,9 @@ ARRAY = {
     "SLURM_ARRAY_TASK_ID": "7",
     "SLURM_ARRAY_TASK_STEP": "2",
 }
-STEP = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
-MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}
-OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+STEP = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),  # a batch script itself
         ({**STEP, **OPEN_MPI}, (3, 4)),
         (MPICH, (3, 4)),
-        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, (3, 4)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4)),
     ],
 )
 def test_ranks_of_launchers(environ, expected):
