@@ -6,7 +6,7 @@
 #   CONTAINER_MOUNTS=A:A,B:C    folders of the host, and where the container sees them; this folder is always there
 #
 # The image needs megagpt's dependencies; megagpt itself is taken from this folder. The checks before and after the ranks
-# run outside of it: they need pydantic, PyYAML and psutil on the node, but no torch. Sets, both empty without a container:
+# run outside of it: they need pydantic, PyYAML and psutil on the node, but no torch. Sets, empty without a container:
 #
 #   in_step     options for srun
 #   in_image    words before a command

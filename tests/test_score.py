@@ -1,5 +1,6 @@
 """The loss of a checkpoint on held-out text: every sample once, the same in any layout, right to the formula."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -82,6 +83,12 @@ def test_the_plan_keeps_nothing_for_training(trained) -> None:
     plan = evaluation_plan(saved, 4)
     assert (plan.tensor_parallel_size, plan.pipeline_parallel_size, plan.run.optimizer.name) == (2, 2, "sgd")
     assert evaluation_plan(saved, 3).data_parallel_size == 3
+    experts = dataclasses.replace(
+        saved,
+        tree=saved.tree
+        | {"model": saved.tree["model"] | {"num_experts": 4}, "parallel": {"expert_model_parallel_size": 4}},
+    )
+    assert [evaluation_plan(experts, size).expert_parallel_size for size in (1, 2, 4, 8)] == [1, 1, 4, 4]
     assert read_saved_run(saved.folder) == saved
     with pytest.raises(ConfigError, match="world size 4 is not a multiple"):
         evaluation_plan(saved, 4, ["parallel.tensor_model_parallel_size=3"])

@@ -5,13 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megagpt.errors import LaunchError
-
-# Inside an array task or allocation, the innermost launcher counts: Open MPI, MPICH or Intel MPI, a Slurm step.
-_LAUNCHERS = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("PMI_RANK", "PMI_SIZE"),
-    ("SLURM_PROCID", "SLURM_NTASKS"),
-)
+from megagpt.launchers import find_place
 
 
 @dataclass(frozen=True)
@@ -28,7 +22,8 @@ ALONE = JobRank(0, 1)
 def find_job_rank(
     rank: int | None = None, world_size: int | None = None, environ: Mapping[str, str] = os.environ
 ) -> JobRank:
-    """Rank and number of ranks as given, else as Slurm (array tasks and steps) or MPI have set them; else one alone.
+    """Rank and number of ranks as given, else as Slurm (array tasks and steps), MPI or torchrun have set them; else one
+    alone.
 
     Raises:
         LaunchError: only one of the two is given, they contradict each other, or a variable is no number.
@@ -41,7 +36,9 @@ def find_job_rank(
                 f"--rank={rank} is outside 0 ... --world-size - 1 = {world_size - 1}; give each rank once"
             )
         return JobRank(rank, world_size)
-    inner = _inner(environ)
+    # Inside an array task or allocation the innermost launcher counts.
+    place = find_place(environ, with_local_rank=False)
+    inner = ALONE if place is None else JobRank(place.rank, place.world_size)
     if "SLURM_ARRAY_TASK_ID" not in environ:
         return inner
     count = _number(environ, "SLURM_ARRAY_TASK_COUNT")
@@ -53,17 +50,6 @@ def find_job_rank(
             " with --array=0-N, or give --rank and --world-size"
         )
     return JobRank(task * inner.world_size + inner.rank, count * inner.world_size)
-
-
-def _inner(environ: Mapping[str, str]) -> JobRank:
-    for rank_key, size_key in _LAUNCHERS:
-        if rank_key not in environ or (rank_key == "SLURM_PROCID" and "SLURM_STEP_ID" not in environ):
-            continue
-        rank, size = _number(environ, rank_key), _number(environ, size_key)
-        if not 0 <= rank < size:
-            raise LaunchError(f"{rank_key}={rank} is outside 0 ... {size_key} - 1 = {size - 1}; check the launcher")
-        return JobRank(rank, size)
-    return ALONE
 
 
 def _number(environ: Mapping[str, str], key: str) -> int:

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Mapping
 
 from megagpt.errors import LaunchError
+from megagpt.launchers import number
 from megagpt.parallel.interface import addresses
 
 LOOPBACK = "127.0.0.1"
@@ -37,23 +38,6 @@ def find_master(environ: Mapping[str, str], launcher: str, world_size: int) -> t
     if "MASTER_PORT" in environ:
         return address, number(environ, "MASTER_PORT", launcher)
     return address, _port(environ, launcher)
-
-
-def number(environ: Mapping[str, str], key: str, launcher: str) -> int:
-    """The integer in one of the launcher's variables.
-
-    Raises:
-        LaunchError: the variable is not set, or is not an integer.
-    """
-    value = environ.get(key)
-    if value is None:
-        raise LaunchError(
-            f"{key} is not set although {launcher} seems to have started this process; pass it to each rank"
-        )
-    try:
-        return int(value)
-    except ValueError:
-        raise LaunchError(f"{key}={value!r} is not an integer; {launcher} should set it to a number") from None
 
 
 def expand_hostlist(text: str) -> list[str]:

@@ -93,8 +93,11 @@ def evaluation_plan(
     tree["training"] = {key: value for key, value in tree["training"].items() if not _is_for_backward(key)}
     tree["optimizer"] = {**tree["optimizer"], "name": "sgd"}  # keeps nothing beside the weights
     tree["checkpoint"] = tree["logging"] = {}  # of no use here, and perhaps of a place that this host does not know
-    if world_size % run.parallel.ranks_per_replica:
+    layout = run.parallel
+    if world_size % layout.ranks_per_replica:
         tree["parallel"] = {key: value for key, value in tree["parallel"].items() if key not in _LAYOUT}
+    elif world_size * layout.context_parallel_size // layout.ranks_per_replica % layout.expert_model_parallel_size:
+        tree["parallel"]["expert_model_parallel_size"] = 1
     run = SavedRun(saved.folder, saved.step, tree, {}).with_overrides(overrides)
     if deepspeed is None:
         data = max(1, world_size // run.parallel.ranks_per_replica)

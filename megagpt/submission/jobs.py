@@ -96,7 +96,7 @@ def evaluation_job(
     options, variables = _ranks(shape)
     return Job(
         batch_file,
-        (checkpoint, output, *words, *overrides),
+        (checkpoint, output, *overrides, *words),
         {**options, **_place(request, partition, batch_file)},
         variables,
         f"evaluation of {saved.folder} on {shape}",

@@ -66,3 +66,5 @@ def test_two_nodes_give_the_losses_of_one_host(cluster, tiny_data, expected, lau
     assert state == "COMPLETED", cluster.output(job)
     assert run.losses() == expected
     assert "Traceback" not in cluster.output(job)
+    if launcher == "deepspeed pdsh":
+        assert "warning: pdsh will wait for ever for a host that loses its power" in cluster.output(job)

@@ -279,6 +279,8 @@ ARRAY = {
     "SLURM_ARRAY_TASK_STEP": "2",
 }
 STEP = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}
 
 
 @pytest.mark.parametrize(
@@ -289,8 +291,9 @@ STEP = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
         ({**ARRAY, **STEP}, (5, 8)),
         ({**STEP, "SLURM_STEP_ID": "0"}, (1, 2)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),  # a batch script itself
-        ({**STEP, "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}, (3, 4)),
-        ({"PMI_RANK": "3", "PMI_SIZE": "4"}, (3, 4)),
+        ({**STEP, **OPEN_MPI}, (3, 4)),
+        (MPICH, (3, 4)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4)),
     ],
 )
 def test_ranks_of_launchers(environ, expected):
@@ -303,8 +306,8 @@ def test_ranks_of_launchers(environ, expected):
     [
         (0, None, {}, "--rank and --world-size belong together"),
         (3, 3, {}, "--rank=3 is outside"),
-        (None, None, {"PMI_RANK": "x", "PMI_SIZE": "4"}, "PMI_RANK=x is no number"),
-        (None, None, {"PMI_RANK": "4", "PMI_SIZE": "4"}, "PMI_RANK=4 is outside"),
+        (None, None, {**MPICH, "PMI_RANK": "x"}, "PMI_RANK='x' is not an integer"),
+        (None, None, {**MPICH, "PMI_RANK": "4"}, "PMI_RANK=4 is outside"),
         (None, None, {**ARRAY, "SLURM_ARRAY_TASK_ID": "90"}, "not one of 4 tasks in even steps"),
     ],
 )

@@ -271,11 +271,11 @@ def test_conversion(folder: Path) -> None:
 
 
 def test_evaluation_takes_the_ranks_of_one_copy_of_the_model(folder: Path) -> None:
-    result = submit(folder, "evaluate", "checkpoints", "found.json", "--", "--split", "test")
+    result = submit(folder, "evaluate", "checkpoints", "found.json", "training.seed=3", "--", "--split", "test")
     assert result.returncode == 0, result.stderr
     words = calls(folder)[0]
     assert {"--nodes=1", "--gpus-per-node=4", "slurm/evaluate.sbatch"} <= set(words)
-    assert words[-4:] == ["checkpoints", "found.json", "--split", "test"]
+    assert words[-5:] == ["checkpoints", "found.json", "training.seed=3", "--split", "test"]
     assert "tensor 2 x pipeline 2 x data 1" in result.stderr
     alone = submit(folder, "evaluate", "checkpoints", "found.json", "--world-size=1")
     assert "1 ranks = tensor 1" in alone.stderr or "1 rank = tensor 1" in alone.stderr, alone.stderr
