@@ -30,7 +30,8 @@ _BACKWARD = f"{_FORWARD}_backward"
 
 def torchs_attention_is_slow() -> bool:
     """Whether bf16 is fast on this processor, but not in torch's attention."""
-    return mkl_is_slow() and torch.cpu._is_avx512_bf16_supported() and hasattr(torch.library, "get_kernel")
+    can_replace = hasattr(torch.library, "get_kernel")  # since torch 2.9
+    return can_replace and mkl_is_slow() and torch.cpu._is_avx512_bf16_supported()
 
 
 @functools.cache
@@ -120,7 +121,7 @@ def _gradients(
     key_HSD, value_HSD, grad_key_HSD, grad_value_HSD = (x.flatten(0, 1) for x in (key_BGSD, value_BGSD, *results[1:]))
     for heads in _head_chunks(query_HRSD):
         # Summed over blocks of queries in fp32.
-        grad_key_hSD, grad_value_hSD = (torch.zeros(key_HSD[heads].shape) for _ in range(2))
+        grad_key_hSD, grad_value_hSD = (torch.zeros_like(key_HSD[heads], dtype=torch.float32) for _ in range(2))
         for queries, keys in _query_blocks(query_HRSD):
             query_hqD, grad_hqD = (x[heads, :, queries].flatten(1, 2) for x in (query_HRSD, grad_HRSD))
             key_hKD, value_hKD = key_HSD[heads, keys], value_HSD[heads, keys]

@@ -105,7 +105,9 @@ def test_a_step_asks_for_nothing_else(layout):
     model, options, allowed = LAYOUTS[layout]
     plan = tiny_plan(model, SGD, steps=3, **options)
     for found in run_ranks(questions_of_a_step, plan.world_size, plan):
-        assert {place.split(":")[1] for place in found} == allowed, found
+        askers = {place.split(":")[1] for place in found}
+        assert askers <= allowed, found  # versions of the libraries ask less or more
+        assert askers >= UPDATE, "questions are caught"
 
 
 def questions_of_a_run(plan) -> Counter:
