@@ -10,7 +10,7 @@ from bed import running_cluster
 from faults import FAULTS
 from rehearsal import Rehearsal
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 COURSES = {
     "ranks, nodes and links": (
