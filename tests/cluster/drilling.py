@@ -151,9 +151,7 @@ def leftovers(cluster: Cluster) -> list[str]:
         if not cluster.is_up(host):
             continue
         processes = cluster.run(host, "ps", "-eo", "pid,args").splitlines()
-        found += [
-            f"{host}: {line.strip()}" for line in processes if "megagpt" in line and "megagpt-cluster" not in line
-        ]
+        found += [f"{host}: {line.strip()}" for line in processes if re.search("python|srun|slurmstepd|_script", line)]
         found += [f"{host}: /dev/shm/{name}" for name in cluster.run(host, "ls", "-A", "/dev/shm").split()]
         ports = cluster.run(host, "ss", "-Hltn").splitlines()
         found += [f"{host}: {line}" for line in ports if not re.search(r":(22|6818)\s", line)]
