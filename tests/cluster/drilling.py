@@ -102,13 +102,13 @@ class Drill:
         if fault.plant == "":
             self.wait_for_step(self.run.step() + STEPS_BETWEEN)
         self._mark = len(self.output())
-        job, before = self.job, time.monotonic()
+        start, before = (self.job, self.cluster.restarts(self.job)), time.monotonic()
         fault.inject(self)
         patience = fault.patience if fault.plant == "" else START_SECONDS
         self._until(lambda: re.search(fault.words, self.new_output()), patience, fault.words)
         said = time.monotonic()
         if fault.then != "on":
-            self._until(lambda: self._has_left(job), ENDED_WITHIN, f"end of job {job}")
+            self._until(lambda: self._has_left(*start), ENDED_WITHIN, f"end of job {start[0]}")
         gone = time.monotonic()
         line = re.search(f".*(?:{fault.words}).*", self.new_output())
         fault.mend(self)
@@ -127,8 +127,8 @@ class Drill:
         self._follow()
         return self.cluster.state(self.job)
 
-    def _has_left(self, job: str) -> bool:
-        return self.state() != "RUNNING" or self.job != job
+    def _has_left(self, job: str, restarts: int) -> bool:
+        return self.state() != "RUNNING" or self.job != job or self.cluster.restarts(job) > restarts
 
     def _follow(self) -> None:
         replaced = re.findall(r"^job (\d+) goes on", self.output(), re.MULTILINE)
