@@ -70,7 +70,8 @@ start_slurmd() {
   inhost "$h" env -i PATH="$PATH" HOME=/root USER=root SLURM_CONF="$SLURM_CONF" slurmd -L "$TC_DIR/hosts/$h/slurmd.log"; }
 stop_slurmd() { inhost "$1" kill -9 "$(inhost "$1" cat /run/slurmd.pid)"; }  # its children, the steps, live on
 start_node() {
-  local h=$1; start_host "$h"; plug "$h"
+  local h=$1; alive "$h" >/dev/null && { echo "$h is up"; return; }
+  start_host "$h"; plug "$h"
   inhost "$h" /usr/sbin/sshd -f "$TC_DIR/sshd_config"
   start_slurmd "$h"; }
 kill_host() { # SIGKILL a host's PID 1: the kernel then ends all of its PID namespace and frees its net namespace

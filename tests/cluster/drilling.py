@@ -72,6 +72,7 @@ class Drill:
         self.first_job = self.submit()
         self.job = self.first_job
         self._mark = 0
+        self._unmended: Fault | None = None
 
     def submit(self) -> str:
         """Submit the shipped batch file; the job's number."""
@@ -103,6 +104,7 @@ class Drill:
             self.wait_for_step(self.run.step() + STEPS_BETWEEN)
         self._mark = len(self.output())
         start, before = (self.job, self.cluster.restarts(self.job)), time.monotonic()
+        self._unmended = fault
         fault.inject(self)
         patience = fault.patience if fault.plant == "" else START_SECONDS
         self._until(lambda: re.search(fault.words, self.new_output()), patience, fault.words)
@@ -111,11 +113,17 @@ class Drill:
             self._until(lambda: self._has_left(*start), ENDED_WITHIN, f"end of job {start[0]}")
         gone = time.monotonic()
         line = re.search(f".*(?:{fault.words}).*", self.new_output())
-        fault.mend(self)
+        self.mend()
         if fault.then == "by hand":
             self.cluster.wait_for(self.job, ENDED, ENDED_WITHIN)
             self.job = self.submit()
         return Met(said - before, gone - said, line[0].strip() if line and fault.words else "")
+
+    def mend(self) -> None:
+        """Take back the fault that was injected last, unless that was done."""
+        fault, self._unmended = self._unmended, None
+        if fault is not None:
+            fault.mend(self)
 
     def finish(self) -> str:
         """Wait until the run has ended; the state of its last job."""

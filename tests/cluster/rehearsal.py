@@ -1,6 +1,5 @@
 """Drills on one cluster, one after the other, each against the losses of a run that nothing has disturbed."""
 
-import contextlib
 import time
 
 from bed import Cluster
@@ -57,12 +56,8 @@ class Rehearsal:
             met = [drill.meet(fault) for fault in faults]
             self._judge(drill, drill.finish(), faults[-1].then == "given up", expected)
             self._require_clean()
-        except AssertionError:
-            for fault in faults:
-                with contextlib.suppress(AssertionError):
-                    fault.mend(drill)
-            raise
         finally:
+            drill.mend()
             self.transcript = drill.output()
             self.heal(drill)
         return met
