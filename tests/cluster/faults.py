@@ -111,7 +111,7 @@ FAULTS = {
         "error: .* could not be saved .* are free",
         then="by hand",
         mend=lambda drill: drill.cluster.run("head", "rm", str(drill.cluster.disk / "filler")) and None,
-        sections=(("checkpoint", {"directory": "{disk}/checkpoints"}),),
+        sections=(("checkpoint", {"directory": "{disk}/run-{run}"}),),
     ),
     "newest checkpoint damaged": Fault(lambda drill: kill_and_damage(drill), "is damaged|differs|corrupt"),
     "nan once": Fault(

@@ -30,7 +30,7 @@ class Rehearsal:
         return Run(self.cluster.folder.parent / f"run-{self._count}", self.dataset, steps, **dict(sections))
 
     def _filled(self, value: object) -> object:
-        return value.format(disk=self.cluster.disk) if isinstance(value, str) else value
+        return value.format(disk=self.cluster.disk, run=self._count) if isinstance(value, str) else value
 
     def undisturbed(self, sections: tuple[tuple[str, dict], ...], steps: int) -> dict[int, float]:
         """Losses of one host for a layout, for so many steps at least."""
