@@ -3,7 +3,8 @@
 #   cluster.sh up | down | status | run HOST CMD... | kill-node HOST | heal-node HOST | cut-link HOST | join-link HOST
 #              | stop-slurmd HOST | start-slurmd HOST
 # TC_NODES names the nodes ("node1 node2"). $TC_DIR/disk is a file system of its own, of TC_DISK_MB, that all hosts share
-# and this machine does not see. Each "host" (head, node1, node2, ...) is one process tree in its own net, UTS, IPC, mount and PID namespace:
+# and this machine does not see. Each "host" (head, node1, node2, ...) is one process tree in its own net, UTS, IPC, mount
+# and PID namespace:
 #   net   head owns a bridge, nodes have eth0 on it; 10.77.0.0/24, NO default route, never joined to the real eth0
 #   uts   real distinct hostnames (torchelastic, Open MPI and DeepSpeed all key on them)
 #   mount private /etc/hosts, /root/.ssh, /run, /dev/shm, /etc/resolv.conf; the rest of / is the "shared filesystem"
@@ -161,5 +162,5 @@ case ${1:-} in
   stop-slurmd) stop_slurmd "$2";;
   start-slurmd) start_slurmd "$2";;
   join-link) inhost "$2" ip link set eth0 up;;
-  *) sed -n '3p' "$SELF"; exit 2;;
+  *) sed -n '3,4p' "$SELF"; exit 2;;
 esac

@@ -11,7 +11,7 @@ from small_runs import Run, srun_job
 
 STEPS_BETWEEN = 6
 """More than from one checkpoint to the next, so that a restart always has made progress."""
-START_SECONDS = 180.0
+START_SECONDS = 300.0
 ENDED_WITHIN = 60.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
