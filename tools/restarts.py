@@ -9,6 +9,7 @@ queued again if it was stopped before its last step or has crashed, without the 
 """
 
 import argparse
+import functools
 
 from megagpt.errors import run_command
 from megagpt.plan import load_run_config
@@ -25,13 +26,11 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the run config")
     args = parser.parse_intermixed_args()
     run = load_run_config(args.config, args.overrides)
-    if args.moment == "begin":
-        status, words = 0, restarts.begin(run, args.most_idle)
-    else:
-        status, words = restarts.end(run, args.most_idle, args.status)
-    if words:
+    if args.moment == "end":
+        return restarts.end(run, args.most_idle, args.status, say=functools.partial(print, flush=True))
+    if words := restarts.begin(run, args.most_idle):
         print(words)
-    return status
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ outlives jobs, nodes and this process.
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -79,7 +79,13 @@ def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.enviro
     return f"the start before this one was ended: {verdict.text}" if verdict else ""
 
 
-def end(run: RunConfig, most_idle: int, status: int, environ: Mapping[str, str] = os.environ) -> tuple[int, str]:
+def end(
+    run: RunConfig,
+    most_idle: int,
+    status: int,
+    environ: Mapping[str, str] = os.environ,
+    say: Callable[[str], None] = print,
+) -> int:
     """Have the job started again if that may help.
 
     Args:
@@ -87,28 +93,35 @@ def end(run: RunConfig, most_idle: int, status: int, environ: Mapping[str, str] 
         most_idle: as for `begin`.
         status: exit status of the ranks.
         environ: of the batch file.
+        say: told what is done, before Slurm ends this process with the job that is queued again.
 
     Returns:
-        Exit status for the batch file, and what was done in words.
+        Exit status for the batch file.
     """
     step = newest_step(run)
     if run.checkpoint.directory is None:
-        return status, ""
+        return status
     if status == 0 and step >= run.training.steps:
-        return 0, f"the run is finished at step {step:,}"
+        say(f"the run is finished at step {step:,}")
+        return 0
     if status == MegagptError.exit_code:
-        return status, "not started again: the error is one to be mended"
+        say("not started again: the error is one to be mended")
+        return status
     job = environ.get("SLURM_JOB_ID")
     if job is None or _ask("squeue", "--noheader", "--jobs", job, "--format=%T").strip() != "RUNNING":
-        return status, "not started again: the job was cancelled, or is none of Slurm's"
+        say("not started again: the job was cancelled, or is none of Slurm's")
+        return status
     idle = _idle_starts(location(run.checkpoint.directory) / RECORD, _chain(environ), step)
     if idle >= most_idle:
-        return status or 1, f"not started again: {idle} starts in a row have not got beyond step {step:,}"
+        say(f"not started again: {idle} starts in a row have not got beyond step {step:,}")
+        return status or 1
     bad = _bad_hosts(run, environ)
     if bad and (replaced := _resubmit(job, bad, environ)) is not None:
-        return 0, f"{replaced} goes on from step {step:,} without {', '.join(bad)}"
+        say(f"{replaced} goes on from step {step:,} without {', '.join(bad)}")
+        return 0
+    say(f"job {job} is queued again and goes on from step {step:,}")
     _ask("scontrol", "requeue", job)
-    return 0, f"job {job} is queued again and goes on from step {step:,}"
+    return 0
 
 
 def _chain(environ: Mapping[str, str]) -> str:

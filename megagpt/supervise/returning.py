@@ -69,5 +69,6 @@ def divergence_advice(plan: Plan) -> str:
     return (
         f"training has diverged; use a lower optimizer.lr (now {plan.run.optimizer.lr:g}), more optimizer.warmup_steps "
         f"(now {plan.run.optimizer.warmup_steps}){fp16} or a smaller gradient_clipping (now "
-        f"{plan.gradient_clipping:g}){saved}"
+        f"{plan.gradient_clipping:g}); where only the gradient is none, a device may compute wrongly: "
+        f"tools/doctor.py looks at all of them{saved}"
     )

@@ -106,7 +106,14 @@ class Cluster:
 
     def state(self, job: str) -> str:
         """The state of a job in Slurm's word."""
-        return re.findall(r"JobState=(\w+)", self.run("head", "scontrol", "show", "job", job))[0]
+        return self._field(job, "JobState")
+
+    def restarts(self, job: str) -> int:
+        """How often a job was queued again."""
+        return int(self._field(job, "Restarts"))
+
+    def _field(self, job: str, name: str) -> str:
+        return re.findall(rf"\b{name}=(\w+)", self.run("head", "scontrol", "show", "job", job))[0]
 
     def hurry(self, job: str) -> None:
         """Have a job that is queued again start now, not in two minutes: once its old steps are over everywhere, which

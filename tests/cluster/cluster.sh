@@ -3,7 +3,8 @@
 #   cluster.sh up | down | status | run HOST CMD... | kill-node HOST | heal-node HOST | cut-link HOST | join-link HOST
 #              | stop-slurmd HOST | start-slurmd HOST
 # TC_NODES names the nodes ("node1 node2"). $TC_DIR/disk is a file system of its own, of TC_DISK_MB, that all hosts share
-# and this machine does not see. Each "host" (head, node1, node2, ...) is one process tree in its own net, UTS, IPC, mount and PID namespace:
+# and this machine does not see. Each "host" (head, node1, node2, ...) is one process tree in its own net, UTS, IPC, mount
+# and PID namespace:
 #   net   head owns a bridge, nodes have eth0 on it; 10.77.0.0/24, NO default route, never joined to the real eth0
 #   uts   real distinct hostnames (torchelastic, Open MPI and DeepSpeed all key on them)
 #   mount private /etc/hosts, /root/.ssh, /run, /dev/shm, /etc/resolv.conf; the rest of / is the "shared filesystem"
@@ -70,7 +71,8 @@ start_slurmd() {
   inhost "$h" env -i PATH="$PATH" HOME=/root USER=root SLURM_CONF="$SLURM_CONF" slurmd -L "$TC_DIR/hosts/$h/slurmd.log"; }
 stop_slurmd() { inhost "$1" kill -9 "$(inhost "$1" cat /run/slurmd.pid)"; }  # its children, the steps, live on
 start_node() {
-  local h=$1; start_host "$h"; plug "$h"
+  local h=$1; alive "$h" >/dev/null && { echo "$h is up"; return; }
+  start_host "$h"; plug "$h"
   inhost "$h" /usr/sbin/sshd -f "$TC_DIR/sshd_config"
   start_slurmd "$h"; }
 kill_host() { # SIGKILL a host's PID 1: the kernel then ends all of its PID namespace and frees its net namespace
@@ -160,5 +162,5 @@ case ${1:-} in
   stop-slurmd) stop_slurmd "$2";;
   start-slurmd) start_slurmd "$2";;
   join-link) inhost "$2" ip link set eth0 up;;
-  *) sed -n '3p' "$SELF"; exit 2;;
+  *) sed -n '3,4p' "$SELF"; exit 2;;
 esac

@@ -11,7 +11,7 @@ from small_runs import Run, srun_job
 
 STEPS_BETWEEN = 6
 """More than from one checkpoint to the next, so that a restart always has made progress."""
-START_SECONDS = 180.0
+START_SECONDS = 300.0
 ENDED_WITHIN = 60.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
@@ -72,6 +72,7 @@ class Drill:
         self.first_job = self.submit()
         self.job = self.first_job
         self._mark = 0
+        self._unmended: Fault | None = None
 
     def submit(self) -> str:
         """Submit the shipped batch file; the job's number."""
@@ -102,20 +103,27 @@ class Drill:
         if fault.plant == "":
             self.wait_for_step(self.run.step() + STEPS_BETWEEN)
         self._mark = len(self.output())
-        job, before = self.job, time.monotonic()
+        start, before = (self.job, self.cluster.restarts(self.job)), time.monotonic()
+        self._unmended = fault
         fault.inject(self)
         patience = fault.patience if fault.plant == "" else START_SECONDS
         self._until(lambda: re.search(fault.words, self.new_output()), patience, fault.words)
         said = time.monotonic()
         if fault.then != "on":
-            self._until(lambda: self._has_left(job), ENDED_WITHIN, f"end of job {job}")
+            self._until(lambda: self._has_left(*start), ENDED_WITHIN, f"end of job {start[0]}")
         gone = time.monotonic()
         line = re.search(f".*(?:{fault.words}).*", self.new_output())
-        fault.mend(self)
+        self.mend()
         if fault.then == "by hand":
             self.cluster.wait_for(self.job, ENDED, ENDED_WITHIN)
             self.job = self.submit()
         return Met(said - before, gone - said, line[0].strip() if line and fault.words else "")
+
+    def mend(self) -> None:
+        """Take back the fault that was injected last, unless that was done."""
+        fault, self._unmended = self._unmended, None
+        if fault is not None:
+            fault.mend(self)
 
     def finish(self) -> str:
         """Wait until the run has ended; the state of its last job."""
@@ -127,8 +135,8 @@ class Drill:
         self._follow()
         return self.cluster.state(self.job)
 
-    def _has_left(self, job: str) -> bool:
-        return self.state() != "RUNNING" or self.job != job
+    def _has_left(self, job: str, restarts: int) -> bool:
+        return self.state() != "RUNNING" or self.job != job or self.cluster.restarts(job) > restarts
 
     def _follow(self) -> None:
         replaced = re.findall(r"^job (\d+) goes on", self.output(), re.MULTILINE)
@@ -151,9 +159,7 @@ def leftovers(cluster: Cluster) -> list[str]:
         if not cluster.is_up(host):
             continue
         processes = cluster.run(host, "ps", "-eo", "pid,args").splitlines()
-        found += [
-            f"{host}: {line.strip()}" for line in processes if "megagpt" in line and "megagpt-cluster" not in line
-        ]
+        found += [f"{host}: {line.strip()}" for line in processes if re.search("python|srun|slurmstepd|_script", line)]
         found += [f"{host}: /dev/shm/{name}" for name in cluster.run(host, "ls", "-A", "/dev/shm").split()]
         ports = cluster.run(host, "ss", "-Hltn").splitlines()
         found += [f"{host}: {line}" for line in ports if not re.search(r":(22|6818)\s", line)]

@@ -2,7 +2,7 @@
 
 import time
 
-from drilling import Drill, Fault
+from drilling import START_SECONDS, Drill, Fault
 
 RANK_2_OR_3 = r"error: rank [23] on node2 "
 TRAIN = "megagpt[.]train"
@@ -58,6 +58,11 @@ def fill_disk(drill: Drill) -> None:
     drill.cluster.run("head", "bash", "-c", f"head -c 1G /dev/zero >{drill.cluster.disk}/filler; true")
 
 
+def empty_disk(drill: Drill) -> None:
+    """Make room again."""
+    drill.cluster.run("head", "rm", str(drill.cluster.disk / "filler"))
+
+
 FAULTS = {
     "rank killed": Fault(lambda drill: signal_a_rank(drill, "KILL"), RANK_2_OR_3 + "is gone: its process .*"),
     "rank stopped": Fault(
@@ -107,13 +112,15 @@ FAULTS = {
         once=True,
     ),
     "disk full": Fault(
-        lambda drill: fill_disk(drill),
+        fill_disk,
         "error: .* could not be saved .* are free",
         then="by hand",
-        mend=lambda drill: drill.cluster.run("head", "rm", str(drill.cluster.disk / "filler")) and None,
-        sections=(("checkpoint", {"directory": "{disk}/checkpoints"}),),
+        mend=empty_disk,
+        sections=(("checkpoint", {"directory": "{disk}/run-{run}"}),),
     ),
-    "newest checkpoint damaged": Fault(lambda drill: kill_and_damage(drill), "is damaged|differs|corrupt"),
+    "newest checkpoint damaged": Fault(
+        kill_and_damage, "step-.*; this checkpoint is skipped and the next older one is tried", patience=START_SECONDS
+    ),
     "nan once": Fault(
         lambda drill: None, "computed again from the same samples all is well", then="on", plant="nan:2:6"
     ),

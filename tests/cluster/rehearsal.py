@@ -1,6 +1,5 @@
 """Drills on one cluster, one after the other, each against the losses of a run that nothing has disturbed."""
 
-import contextlib
 import time
 
 from bed import Cluster
@@ -31,13 +30,13 @@ class Rehearsal:
         return Run(self.cluster.folder.parent / f"run-{self._count}", self.dataset, steps, **dict(sections))
 
     def _filled(self, value: object) -> object:
-        return value.format(disk=self.cluster.disk) if isinstance(value, str) else value
+        return value.format(disk=self.cluster.disk, run=self._count) if isinstance(value, str) else value
 
-    def undisturbed(self, sections: tuple[tuple[str, dict], ...]) -> dict[int, float]:
-        """Losses of one host for a layout, as far as the longest drill goes."""
+    def undisturbed(self, sections: tuple[tuple[str, dict], ...], steps: int) -> dict[int, float]:
+        """Losses of one host for a layout, for so many steps at least."""
         layout = tuple((name, section) for name, section in sections if name == "parallel")
-        if str(layout) not in self._undisturbed:
-            self._undisturbed[str(layout)] = self.run(DECAY_STEPS, layout).on_one_host(self.cluster)
+        if len(self._undisturbed.get(str(layout), {})) < steps:
+            self._undisturbed[str(layout)] = self.run(steps, layout).on_one_host(self.cluster)
         return self._undisturbed[str(layout)]
 
     def drill(self, *faults: Fault) -> list[Met]:
@@ -50,19 +49,16 @@ class Rehearsal:
             AssertionError: it did not.
         """
         first = faults[0]
-        expected = self.undisturbed(first.sections)
-        run = self.run(min(8 + sum(fault.steps for fault in faults), DECAY_STEPS), first.sections)
+        steps = min(8 + sum(fault.steps for fault in faults), DECAY_STEPS)
+        expected = self.undisturbed(first.sections, steps)
+        run = self.run(steps, first.sections)
         drill = Drill(self.cluster, run, first)
         try:
             met = [drill.meet(fault) for fault in faults]
             self._judge(drill, drill.finish(), faults[-1].then == "given up", expected)
             self._require_clean()
-        except AssertionError:
-            for fault in faults:
-                with contextlib.suppress(AssertionError):
-                    fault.mend(drill)
-            raise
         finally:
+            drill.mend()
             self.transcript = drill.output()
             self.heal(drill)
         return met

@@ -10,18 +10,18 @@ from bed import running_cluster
 from faults import FAULTS
 from rehearsal import Rehearsal
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 COURSES = {
+    "disks and Slurm": ("disk full", "scancel", "slurmd killed"),
     "ranks, nodes and links": (
         *("nan once", "link cut for 6 s", "rank killed", "rank stopped", "newest checkpoint damaged", "node lost"),
         *("requeue", "link cut"),
     ),
-    "disks and Slurm": ("disk full", "scancel", "slurmd killed"),
     "a flipped bit": ("bit flipped",),
-    "a loss that is none": ("nan that stays",),
-    "the time limit": ("time limit",),
 }
+ELSEWHERE = {"time limit", "nan that stays"}
+"""They take minutes of waiting, or are tested on local ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def test_a_run_that_has_lost_a_node_goes_on_with_one_that_is_free() -> None:
         Rehearsal(cluster).drill(FAULTS["node lost, another one free"])
 
 
-def test_every_fault_has_its_place_here() -> None:
+def test_no_fault_is_forgotten() -> None:
     known = {name for name, fault in FAULTS.items() if fault.num_nodes == 2}
-    assert known == {name for course in COURSES.values() for name in course}
+    assert known - ELSEWHERE == {name for course in COURSES.values() for name in course}
 
 
 def test_the_doctor_passes_a_healthy_cluster(rehearsal) -> None:

@@ -66,6 +66,12 @@ class Job:
         return path.read_text().splitlines() if path.exists() else []
 
 
+def ended(run, most_idle: int, status: int, environ) -> tuple[int, str]:
+    """Exit status and words of an end."""
+    said: list[str] = []
+    return end(run, most_idle, status, environ, said.append), "".join(said)
+
+
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     (tmp_path / "bin").mkdir()
@@ -81,10 +87,10 @@ def test_a_stopped_run_is_queued_again_and_a_finished_one_is_not(job: Job) -> No
     begin(job.run, 3, job.environ)
     job.save(4)
     assert newest_step(job.run) == 4
-    assert end(job.run, 3, 0, job.environ) == (0, "job 77 is queued again and goes on from step 4")
+    assert ended(job.run, 3, 0, job.environ) == (0, "job 77 is queued again and goes on from step 4")
     assert job.said("requeued") == ["requeue 77"]
     job.save(10)
-    assert end(job.run, 3, 0, job.environ) == (0, "the run is finished at step 10")
+    assert ended(job.run, 3, 0, job.environ) == (0, "the run is finished at step 10")
     assert len(job.said("requeued")) == 1
 
 
@@ -92,9 +98,9 @@ def test_a_crash_loop_is_bounded_whether_or_not_the_end_is_reached(job: Job) -> 
     job.save(4)
     for _ in range(2):
         begin(job.run, 3, job.environ)
-        assert end(job.run, 3, 1, job.environ)[0] == 0
+        assert ended(job.run, 3, 1, job.environ)[0] == 0
     begin(job.run, 3, job.environ)
-    assert end(job.run, 3, 1, job.environ) == (1, "not started again: 3 starts in a row have not got beyond step 4")
+    assert ended(job.run, 3, 1, job.environ) == (1, "not started again: 3 starts in a row have not got beyond step 4")
     with pytest.raises(LaunchError, match="the last 3 starts of this job all began at step 4"):
         begin(job.run, 3, job.environ)
     begin(job.run, 3, {**job.environ, "SLURM_JOB_ID": "90"})  # submitted anew by hand
@@ -104,7 +110,7 @@ def test_progress_starts_the_count_afresh(job: Job) -> None:
     for step in (1, 2, 3, 4, 5):
         begin(job.run, 2, job.environ)
         job.save(step)
-        assert end(job.run, 2, 1, job.environ)[0] == 0
+        assert ended(job.run, 2, 1, job.environ)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -119,7 +125,7 @@ def test_what_a_user_has_to_mend_or_has_cancelled_is_left_alone(
         monkeypatch.setenv("JOB_STATE", state)
     else:
         del job.environ["SLURM_JOB_ID"]
-    code, said = end(job.run, 3, status, job.environ)
+    code, said = ended(job.run, 3, status, job.environ)
     assert (code, job.said("requeued")) == (status, [])
     assert words in said
 
@@ -127,7 +133,7 @@ def test_what_a_user_has_to_mend_or_has_cancelled_is_left_alone(
 def test_the_node_that_failed_is_left_out(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     begin(job.run, 3, job.environ)
     job.verdict("lost", ["node2"])
-    assert end(job.run, 3, 75, job.environ) == (0, "job 78 goes on from step 0 without node2")
+    assert ended(job.run, 3, 75, job.environ) == (0, "job 78 goes on from step 0 without node2")
     assert job.said("submitted") == [
         "--parsable",
         "--exclude=node2",
@@ -159,20 +165,20 @@ def test_without_enough_other_nodes_the_job_keeps_its_own(job: Job, monkeypatch:
     begin(job.run, 3, job.environ)
     job.verdict("lost", ["node2"])
     monkeypatch.setenv("EXCLUDED", "node1")
-    assert end(job.run, 3, 75, job.environ) == (0, "job 77 is queued again and goes on from step 0")
+    assert ended(job.run, 3, 75, job.environ) == (0, "job 77 is queued again and goes on from step 0")
 
 
 @pytest.mark.parametrize(("kind", "hosts"), [("failed", ["node2"]), ("lost", ["node1", "node2"])])
 def test_no_node_is_blamed_for_a_bug_or_for_all(job: Job, kind: str, hosts: list[str]) -> None:
     begin(job.run, 3, job.environ)
     job.verdict(kind, hosts, "ZeroDivisionError")
-    assert end(job.run, 3, 75, job.environ)[1] == "job 77 is queued again and goes on from step 0"
+    assert ended(job.run, 3, 75, job.environ)[1] == "job 77 is queued again and goes on from step 0"
 
 
 def test_a_run_without_checkpoints_is_not_looked_after(job: Job) -> None:
     run = job.run.model_copy(update={"checkpoint": job.run.checkpoint.model_copy(update={"directory": None})})
     begin(run, 0, job.environ)
-    assert end(run, 0, 9, job.environ) == (9, "")
+    assert ended(run, 0, 9, job.environ) == (9, "")
 
 
 def test_starts_of_a_run_with_remote_checkpoints_are_counted_in_the_store() -> None:
