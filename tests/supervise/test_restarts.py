@@ -191,7 +191,5 @@ def test_starts_of_a_run_with_remote_checkpoints_are_counted_in_the_store() -> N
     assert newest_step(run) == 4, "the other one is not complete"
     begin(run, 2, environ)
     begin(run, 2, environ)
-    with pytest.raises(
-        LaunchError, match=r"memory://bucket/restarts/restarts.jsonl: the last 2 starts of this job"
-    ):
+    with pytest.raises(LaunchError, match=r"memory://bucket/restarts/restarts.jsonl: the last 2 starts of this job"):
         begin(run, 2, environ)
