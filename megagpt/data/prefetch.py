@@ -87,5 +87,6 @@ class Prefetched:
             return
 
     def _prepared(self, batch: MicroBatch) -> MicroBatch:
-        tokens_BS, labels_BS = batch
-        return (tokens_BS.pin_memory(), labels_BS.pin_memory()) if self._pins else batch
+        if not self._pins:
+            return batch
+        return MicroBatch(*(None if part is None else part.pin_memory() for part in batch))

@@ -1,13 +1,16 @@
 """From a data config to the streams of samples of a run, without torch."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megagpt.data.document_samples import DocumentStream
 from megagpt.data.fill_in_middle import make_middle_filler
 from megagpt.data.indexed import IndexedDataset, bin_path
 from megagpt.data.manifest import Manifest, read_manifest, verify_files
 from megagpt.data.mixture import MixedStream, Mixture, Samples, make_mixture
-from megagpt.data.samples import SampleStream, split_ranges
+from megagpt.data.sample_options import marking_of, require_document_ends, require_learnt
+from megagpt.data.samples import SampleStream, split_documents, split_ranges
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import ConfigError, DataError
 from megagpt.plan.data_config import DataConfig
@@ -19,7 +22,7 @@ class HeldOut:
 
     name: str
     """Of the dataset; empty if there is just one."""
-    stream: SampleStream
+    stream: Samples
     """Its samples, in file order."""
     share: float
     """Weight of its loss in the mean over datasets; those of one split add up to 1."""
@@ -101,7 +104,7 @@ def damaged_datasets(config: DataConfig) -> list[str]:
     return problems
 
 
-def _held_out(streams: list[tuple[str, SampleStream | None]], shares: dict[str, float]) -> tuple[HeldOut, ...]:
+def _held_out(streams: Sequence[tuple[str, Samples | None]], shares: dict[str, float]) -> tuple[HeldOut, ...]:
     """Those that are long enough, weighed as in training if all of them are trained on, else equally."""
     found = [(name, stream) for name, stream in streams if stream is not None]
     weights = [shares.get(name, 0.0) for name, _ in found]
@@ -124,16 +127,28 @@ class _Opened:
         if config.fill_in_middle is not None:
             assert self._tokenizer is not None, "a rule of the config"
             self._change = make_middle_filler(config.fill_in_middle, self._tokenizer, seed)
+        self._marking = marking_of(config, self._tokenizer)
         self._datasets: dict[str, tuple[IndexedDataset, Manifest | None]] = {}
 
     def stream(
         self, prefix: str, split: str, shares: tuple[float, float, float], shuffle: bool = True
-    ) -> SampleStream | None:
+    ) -> Samples | None:
         """One split of a dataset: shuffled for training, else in file order; None if it is too short for a sample and
         not for training."""
+        trains = split == "train" and shuffle
+        if self._config.packing == "stream":
+            stream = self._across_documents(prefix, split, shares, trains)
+        else:
+            stream = self._by_documents(prefix, split, shares, trains)
+        if stream is not None and trains:
+            require_learnt(self._config, prefix, stream)
+        return stream
+
+    def _across_documents(
+        self, prefix: str, split: str, shares: tuple[float, float, float], trains: bool
+    ) -> Samples | None:
         dataset, _ = self._open(prefix)
         start, stop = split_ranges(dataset.num_documents, dataset.document_start, shares)[split]
-        trains = split == "train" and shuffle
         if not trains and stop - start <= self._seq_length:
             return None
         return SampleStream(
@@ -144,6 +159,25 @@ class _Opened:
             shuffle=trains,
             vocab_size=self._vocab_size,
             change=self._change if trains else None,
+            marking=self._marking,
+        )
+
+    def _by_documents(
+        self, prefix: str, split: str, shares: tuple[float, float, float], trains: bool
+    ) -> Samples | None:
+        dataset, _ = self._open(prefix)
+        first, behind = split_documents(dataset.num_documents, shares)[split]
+        if not trains and dataset.document_start(behind) - dataset.document_start(first) < 2:
+            return None
+        return DocumentStream(
+            dataset,
+            (first, behind),
+            self._seq_length,
+            self._seed,
+            shuffle=trains,
+            vocab_size=self._vocab_size,
+            cut=self._config.packing == "cut",
+            marking=self._marking,
         )
 
     def require_separate_splits(self) -> None:
@@ -174,6 +208,7 @@ class _Opened:
                 _check_manifest(prefix, manifest, dataset, self._vocab_size)
             if self._tokenizer is not None:
                 _check_tokenizer(prefix, manifest, self._tokenizer, self._vocab_size)
+                require_document_ends(self._config, dataset, manifest, self._tokenizer.eod_id)
             self._datasets[prefix] = dataset, manifest
         return self._datasets[prefix]
 

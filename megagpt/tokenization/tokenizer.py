@@ -6,6 +6,7 @@ that lies in sentencepiece itself: it writes a space as U+2581, so a literal U+2
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class Tokenizer:
         self.bos_id = codec.special.bos
         self.pad_id = codec.special.pad
         self.special_tokens = codec.special.texts
+        self._special: re.Pattern[str] | None = None
         self._prefix, self._suffix = list(codec.special.prefix), list(codec.special.suffix)
 
     @classmethod
@@ -92,6 +94,27 @@ class Tokenizer:
         if self._prefix or self._suffix:
             found = [self._prefix + ids + self._suffix for ids in found]
         return found
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens are spelt out, and mean themselves; nothing is put around it.
+
+        Raises:
+            DataError: the text has lone surrogates, which no UTF-8 file can hold.
+        """
+        pieces = self.cut_at_special(text)
+        plain = [piece for piece in pieces if isinstance(piece, str)]
+        encoded = iter(self.codec.encode_batch(plain, 1) if plain else [])
+        return [token for piece in pieces for token in (next(encoded) if isinstance(piece, str) else [piece])]
+
+    def cut_at_special(self, text: str) -> list[str | int]:
+        """Ids of the special tokens that a text spells out, and the texts between them (none is empty)."""
+        if not self.special_tokens:
+            return [text] if text else []
+        if self._special is None:
+            longest_first = sorted(self.special_tokens, key=len, reverse=True)
+            self._special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        parts = self._special.split(text)
+        return [self.special_tokens[part] if index % 2 else part for index, part in enumerate(parts) if part]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of a list of ids; special tokens give no text.
