@@ -87,6 +87,11 @@ class DocumentStream:
         """Tokens of a sample that are predicted at most."""
         return self._seq_length
 
+    @property
+    def marks_spans(self) -> bool:
+        """Whether only spans of the text are learnt."""
+        return self._marking.spans is not None
+
     def place(self, global_index: int) -> tuple[int, int, int]:
         """Of a sample: its document, its first token in the dataset, and the one behind its last."""
         if self._shuffle:

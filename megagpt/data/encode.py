@@ -22,6 +22,7 @@ from megagpt.data.long_texts import LONG_CHARACTERS, cut_into_pieces
 from megagpt.errors import DataError
 from megagpt.tokenization.codec import Codec
 from megagpt.tokenization.gigatoken_codec import fast_codec
+from megagpt.tokenization.special_in_text import SpecialInText, with_special_in_text
 from megagpt.tokenization.tokenizer import Tokenizer
 
 OnBadLine = Literal["error", "skip"]
@@ -44,6 +45,9 @@ class Encoding:
     threads: int
     fast: bool
     """Whether gigatoken encodes."""
+    special_tokens_in_text: bool = False
+    """Whether special tokens that a text spells out mean themselves; those of tokenizer.json do so anyway, unless it
+    says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ class Encoder:
                 raise DataError(f"{reason}; start again with --backend reference")
             self._codec = fast
         special = self.tokenizer.codec.special
+        if encoding.special_tokens_in_text and with_special_in_text(self.tokenizer.codec) is not self.tokenizer.codec:
+            self._codec = SpecialInText(self._codec)
         self._before = np.array(special.prefix, dtype=np.int64)
         self._behind = np.array(special.suffix, dtype=np.int64)
         self._eod = np.array([special.eod] if encoding.append_eod else [], dtype=np.int64)

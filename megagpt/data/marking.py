@@ -50,14 +50,20 @@ class Spans:
         Returns:
             bool [tokens].
         """
+        longest = max(len(self.start), len(self.end or ()))
+        length = max(length, longest)
         while True:
             context = before(length)
             text = np.concatenate([context, tokens])
             places, opens = self._changes(text, eod_id)
-            known = int(np.searchsorted(places, len(context), side="right"))
-            if known or len(context) < length:  # else the span's beginning is farther away
+            if len(context) < length:
                 break
-            length *= 4
+            # Where the context begins, a pattern may have begun before it.
+            whole = places >= longest
+            places, opens = places[whole], opens[whole]
+            if len(places) and places[0] <= len(context):
+                break
+            length *= 4  # the span's beginning is farther away
         states = np.concatenate([[False], opens])
         return states[np.searchsorted(places, np.arange(len(context), len(text)), side="right")]
 

@@ -4,10 +4,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from megagpt.data.document_samples import DocumentStream
 from megagpt.data.fill_in_middle import make_middle_filler
 from megagpt.data.indexed import IndexedDataset, bin_path
 from megagpt.data.manifest import Manifest, read_manifest, verify_files
+from megagpt.data.marking import MarkedSample
 from megagpt.data.mixture import MixedStream, Mixture, Samples, make_mixture
 from megagpt.data.sample_options import marking_of, require_document_ends, require_learnt
 from megagpt.data.samples import SampleStream, split_documents, split_ranges
@@ -29,6 +32,26 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """Samples that another rank reads: how many there are is all that is known here."""
+
+    num_samples: int
+    seq_length: int
+    """Tokens of a sample that are predicted."""
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def sample(self, global_index: int) -> np.ndarray:
+        """There is none here."""
+        raise AssertionError(f"sample {global_index} is for another rank to read")
+
+    def marked(self, global_index: int) -> MarkedSample:
+        """There is none here."""
+        raise AssertionError(f"sample {global_index} is for another rank to read")
+
+
+@dataclass(frozen=True)
 class RunData:
     """What a run reads."""
 
@@ -43,6 +66,18 @@ class RunData:
     def mixture(self) -> Mixture | None:
         """Which dataset gives which training sample; None if there is just one."""
         return self.train.mixture if isinstance(self.train, MixedStream) else None
+
+    def described(self) -> "RunData":
+        """The same without what is read, for ranks that receive samples."""
+
+        def parts(held_out: tuple[HeldOut, ...]) -> tuple[HeldOut, ...]:
+            return tuple(HeldOut(part.name, _elsewhere(part.stream), part.share) for part in held_out)
+
+        return RunData(_elsewhere(self.train), parts(self.validation), parts(self.test))
+
+
+def _elsewhere(stream: Samples) -> Elsewhere:
+    return Elsewhere(len(stream), stream.seq_length)
 
 
 def open_data(config: DataConfig, vocab_size: int, seq_length: int, seed: int) -> RunData:

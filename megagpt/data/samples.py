@@ -136,6 +136,11 @@ class SampleStream:
         """Tokens of a sample that are predicted."""
         return self._seq_length
 
+    @property
+    def marks_spans(self) -> bool:
+        """Whether only spans of the text are learnt."""
+        return self._marking.spans is not None
+
     def token_range(self, global_index: int) -> tuple[int, int]:
         """First token of a sample in the dataset, and the one behind its last."""
         if self._shuffle:

@@ -104,6 +104,11 @@ def _check_sample_options(data: DataConfig) -> list[str]:
             "data.fill_in_middle moves parts of documents away from the tokens that data.loss_spans looks for; remove "
             "one of them"
         )
+    if data.packing != "stream" and any(entry.tokens is not None for entry in data.datasets):
+        problems.append(
+            f"data.datasets: tokens are not what samples are counted by if data.packing={data.packing} pads them; give "
+            "epochs or weights"
+        )
     if data.loss_spans is not None and (not data.loss_spans.start or data.loss_spans.end == ""):
         problems.append("data.loss_spans: start and end must not be empty; name the texts that begin and end a span")
     return problems

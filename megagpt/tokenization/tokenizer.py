@@ -6,7 +6,6 @@ that lies in sentencepiece itself: it writes a space as U+2581, so a literal U+2
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from megagpt.tokenization.codec import Codec
 from megagpt.tokenization.declared import Declared, Kind, find_tokenizer, read_declared
 from megagpt.tokenization.huggingface_json import HuggingFaceCodec
 from megagpt.tokenization.sentencepiece_model import SentencepieceCodec
+from megagpt.tokenization.special_in_text import with_special_in_text
 from megagpt.tokenization.tiktoken_ranks import TiktokenCodec
 
 # Entries of tokenizer_config.json that change ids; the fingerprint of a tokenizer covers them.
@@ -53,7 +53,6 @@ class Tokenizer:
         self.bos_id = codec.special.bos
         self.pad_id = codec.special.pad
         self.special_tokens = codec.special.texts
-        self._special: re.Pattern[str] | None = None
         self._prefix, self._suffix = list(codec.special.prefix), list(codec.special.suffix)
 
     @classmethod
@@ -101,20 +100,7 @@ class Tokenizer:
         Raises:
             DataError: the text has lone surrogates, which no UTF-8 file can hold.
         """
-        pieces = self.cut_at_special(text)
-        plain = [piece for piece in pieces if isinstance(piece, str)]
-        encoded = iter(self.codec.encode_batch(plain, 1) if plain else [])
-        return [token for piece in pieces for token in (next(encoded) if isinstance(piece, str) else [piece])]
-
-    def cut_at_special(self, text: str) -> list[str | int]:
-        """Ids of the special tokens that a text spells out, and the texts between them (none is empty)."""
-        if not self.special_tokens:
-            return [text] if text else []
-        if self._special is None:
-            longest_first = sorted(self.special_tokens, key=len, reverse=True)
-            self._special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        parts = self._special.split(text)
-        return [self.special_tokens[part] if index % 2 else part for index, part in enumerate(parts) if part]
+        return list(with_special_in_text(self.codec).encode_batch([text], 1)[0])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of a list of ids; special tokens give no text.

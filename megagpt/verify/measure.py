@@ -96,15 +96,17 @@ class _Progressions:
     Args:
         vocab_size: of the model.
         lengths: tokens of the progressions, one after the other and again from the first; each is a document.
-        eod_id: ends each of them; None: nothing does.
+        marks: ids that begin, in every document, a span of unequal length, end it, and end the document; None: nothing
+            does.
     """
 
     prefix = "synthetic"
 
-    def __init__(self, vocab_size: int, lengths: Sequence[int] = (320,), eod_id: int | None = None):
+    def __init__(self, vocab_size: int, lengths: Sequence[int] = (320,), marks: tuple[int, int, int] | None = None):
         self.spacing = max(vocab_size // 300, 1)
         self.num_tokens = vocab_size // self.spacing
-        self._eod_id = eod_id
+        self._marks = marks
+        self._lengths = np.asarray(lengths)
         self._ends = np.cumsum(lengths)
 
     def document_start(self, index: int) -> int:
@@ -120,10 +122,13 @@ class _Progressions:
         """Tokens start to stop - 1."""
         positions = np.arange(start, stop)
         rounds, places = np.divmod(positions, self._ends[-1])
-        piece = rounds * len(self._ends) + np.searchsorted(self._ends, places, side="right")
+        row = np.searchsorted(self._ends, places, side="right")
+        piece = rounds * len(self._ends) + row
         tokens = (piece * 7919 + positions * (1 + piece % 4)) % self.num_tokens * self.spacing
-        if self._eod_id is not None:
-            tokens[np.isin(places, self._ends - 1)] = self._eod_id
+        if self._marks is not None:
+            length, left = self._lengths[row], self._ends[row] - places
+            for mark, before_end in zip(self._marks, (length - piece % 2, length // (2 + piece % 3), 1), strict=True):
+                tokens[left == before_end] = mark
         return tokens
 
 
@@ -134,15 +139,15 @@ def sample_stream(plan: Plan) -> Samples:
     if not data.marks_documents and not data.masks_loss:
         return SampleStream(_Progressions(vocab_size), (0, samples * length + 1), length, seed)
     lengths = [max(length * share // 16, 2) for share in (5, 21, 3, 9, 1, 40, 7, 13, 2)]
-    source = _Progressions(vocab_size, lengths, vocab_size - 1)
-    # Spans are numbers in a row where a text has marks: some samples have many, some have none.
-    spans = None if data.loss_spans is None else Spans((source.spacing * 5,), (source.spacing * 40,))
+    start, end, eod_id = marks = (vocab_size - 3, vocab_size - 2, vocab_size - 1)
+    source = _Progressions(vocab_size, lengths, marks)
+    spans = None if data.loss_spans is None else Spans((start,), (end,))
     if data.packing != "stream":
         marking = Marking(None, False, spans)
         return DocumentStream(
             source, (0, 4 * samples), length, seed, cut=data.packing == "cut", marking=marking
         )
-    marking = Marking(vocab_size - 1, data.eod_mask_loss, spans)
+    marking = Marking(eod_id, data.eod_mask_loss, spans)
     return SampleStream(source, (0, samples * length + 1), length, seed, marking=marking)
 
 
