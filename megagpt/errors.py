@@ -39,6 +39,10 @@ class CheckpointError(MegagptError):
     """A checkpoint is missing, damaged or belongs to another model."""
 
 
+class StorageError(MegagptError):
+    """An object store refuses, is not there or does not answer; nothing is said about what it holds."""
+
+
 class TrainingError(MegagptError):
     """A run cannot go on: its loss is no number any more, or one of its ranks is lost."""
 

@@ -18,6 +18,7 @@ from megagpt.generate import open_checkpoint, single_process_plan, tokenizer_pat
 from megagpt.layerwise import LayerwiseGPT
 from megagpt.parallel.cpu_memory import return_freed_memory
 from megagpt.parallel.ranks import start_single_process
+from megagpt.storage import Location
 
 AGAINST_MODEL = "the checkpoint's model"
 """The same weights in megagpt's own model, both computing in fp32."""
@@ -28,7 +29,7 @@ PROBE_POSITIONS = 32
 
 
 def export_checkpoint(
-    checkpoint: Path,
+    checkpoint: Location,
     output: Path,
     dtype: Dtype = "float32",
     tokenizer: str | None = None,

@@ -15,19 +15,21 @@ from megagpt.model import GPT, canonical_name
 from megagpt.parallel.ranks import start_single_process
 from megagpt.plan import Plan, deepspeed_config_from_dict, make_plan, run_config_from_dict
 from megagpt.plan.recompute import FULL_ONLY_KEYS
+from megagpt.storage import Location
 
 
 def single_process_plan(reader: CheckpointReader) -> Plan:
     """The Plan of a checkpoint's model in one process, fp32, whatever layout trained it."""
     tree = reader.run.model_dump(mode="json")
     tree["parallel"] = {"make_vocab_size_divisible_by": reader.run.parallel.make_vocab_size_divisible_by}
+    tree["checkpoint"] = tree["logging"] = {}  # of no use here, and perhaps of a place that this host does not know
     for key in ("recompute_granularity", *FULL_ONLY_KEYS):
         tree["training"].pop(key)
     config = deepspeed_config_from_dict({"train_batch_size": 1})
     return make_plan(run_config_from_dict(tree, source=str(reader.folder)), config, 1)
 
 
-def open_checkpoint(path: Path) -> CheckpointReader:
+def open_checkpoint(path: Location) -> CheckpointReader:
     """A checkpoint whose files are all there; the content of a tensor is compared with its hash when it is read.
 
     Args:
@@ -42,7 +44,7 @@ def open_checkpoint(path: Path) -> CheckpointReader:
     return reader
 
 
-def load_model(path: Path) -> tuple[GPT, CheckpointReader]:
+def load_model(path: Location) -> tuple[GPT, CheckpointReader]:
     """The model of a checkpoint with its fp32 master weights, in evaluation mode.
 
     Args:

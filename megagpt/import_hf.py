@@ -1,5 +1,6 @@
 """From a Hugging Face folder to a checkpoint and a run config; one tensor in memory at a time."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -20,7 +21,6 @@ from megagpt.checkpoint.manifest import (
     Manifest,
     Parameter,
     Piece,
-    sync_path,
     write_manifest,
 )
 from megagpt.checkpoint.reader import STEP_PREFIX
@@ -28,7 +28,7 @@ from megagpt.checkpoint.tensor_file import write_tensors
 from megagpt.convert.canonical import canonical_shapes
 from megagpt.convert.safetensors_stream import is_finite
 from megagpt.convert.writer import BLOCK_BYTES
-from megagpt.errors import ConversionError
+from megagpt.errors import ConversionError, StorageError
 from megagpt.layerwise import LayerwiseGPT
 from megagpt.model.partition import partition_of
 from megagpt.parallel.cpu_memory import return_freed_memory
@@ -36,8 +36,11 @@ from megagpt.parallel.ranks import start_single_process
 from megagpt.parallel.rng import rng_state
 from megagpt.plan import Plan, deepspeed_config_from_dict, make_plan, run_config_from_dict
 from megagpt.pretrained import PretrainedWeights, open_pretrained
+from megagpt.storage import Location, RemotePath
+from megagpt.storage.local import sync_path
 
 RANK, CONFIG = "rank-00000.safetensors", "run.yaml"
+STEP = f"checkpoints/{STEP_PREFIX}{0:08d}"
 PROBE_TOKENS, PROBE_TOLERANCE = 32, 1e-4
 
 
@@ -45,8 +48,8 @@ PROBE_TOKENS, PROBE_TOLERANCE = 32, 1e-4
 class Import:
     """What `import_checkpoint` made."""
 
-    config: Path
-    checkpoint: Path
+    config: Location
+    checkpoint: Location
     family: str
     parameters: int
     weight_bytes: int
@@ -55,7 +58,7 @@ class Import:
 
 def import_checkpoint(
     folder: Path,
-    output: Path,
+    output: Location,
     vocab_size: int | None = None,
     tokenizer: str | None = None,
     allow_pickle: bool = False,
@@ -66,7 +69,7 @@ def import_checkpoint(
 
     Args:
         folder: a Hugging Face folder.
-        output: a new folder, for run.yaml and checkpoints/.
+        output: a new folder, for run.yaml and checkpoints/; it may be in an object store.
         vocab_size: another number of tokens than the folder's.
         tokenizer: tokenizer of the run; default: the folder's own tokenizer.json if it has one.
         allow_pickle: also take pickled weights, loaded as plain tensors.
@@ -74,20 +77,31 @@ def import_checkpoint(
     Raises:
         ConfigError: config.json is missing, damaged or of a family that we do not know.
         ConversionError: a file is damaged, tensors are missing, unknown or of another shape, or `output` exists.
+        StorageError: the store refuses or does not answer.
     """
-    output = Path(os.path.abspath(output))
-    if os.path.lexists(output):
+    if isinstance(output, Path):
+        output = Path(os.path.abspath(output))
+    if output.exists() or (isinstance(output, Path) and os.path.lexists(output)):
         raise ConversionError(f"{output} exists; give another folder")
     if tokenizer is None and (folder / "tokenizer.json").is_file():
         tokenizer = str((folder / "tokenizer.json").absolute())
     plan = _plan(folder, output, vocab_size, tokenizer)
     weights = open_pretrained(str(folder), plan.model, allow_pickle)
+    if isinstance(output, RemotePath):
+        size = _write_remote(output, weights, plan)
+    else:
+        size = _write_local(output, weights, plan)
+    parameters = sum(prod(shape) for shape in canonical_shapes(plan.model).values())
+    return Import(output / CONFIG, output / STEP, weights.weights.family.name, parameters, size, weights.notes)
+
+
+def _write_local(output: Path, weights: PretrainedWeights, plan: Plan) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
-    step = partial / "checkpoints" / f"{STEP_PREFIX}{0:08d}"
-    step.mkdir(parents=True)
+    (partial / STEP).mkdir(parents=True)
     try:
-        size = _write_checkpoint(step, weights, plan)
+        size = _write_checkpoint(partial / STEP, weights, plan)
+        sync_path(partial / STEP)
         (partial / CONFIG).write_text(_run_yaml(plan), encoding="utf-8")
         sync_path(partial / CONFIG)
         os.rename(partial, output)
@@ -95,12 +109,21 @@ def import_checkpoint(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    parameters = sum(prod(shape) for shape in canonical_shapes(plan.model).values())
-    step = output / step.relative_to(partial)
-    return Import(output / CONFIG, step, weights.weights.family.name, parameters, size, weights.notes)
+    return size
 
 
-def _plan(folder: Path, output: Path, vocab_size: int | None, tokenizer: str | None) -> Plan:
+def _write_remote(output: RemotePath, weights: PretrainedWeights, plan: Plan) -> int:
+    try:
+        size = _write_checkpoint(output / STEP, weights, plan)
+        (output / CONFIG).write_bytes(_run_yaml(plan).encode())
+    except BaseException:
+        with contextlib.suppress(StorageError):
+            output.remove_tree()
+        raise
+    return size
+
+
+def _plan(folder: Path, output: Location, vocab_size: int | None, tokenizer: str | None) -> Plan:
     model = {"init_from": str(folder)} | ({} if vocab_size is None else {"vocab_size": vocab_size})
     tree = {
         "model": model,
@@ -129,7 +152,7 @@ def _run_yaml(plan: Plan) -> str:
     return head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
-def _write_checkpoint(step: Path, weights: PretrainedWeights, plan: Plan) -> int:
+def _write_checkpoint(step: Location, weights: PretrainedWeights, plan: Plan) -> int:
     """Write all files of the checkpoint; returns the size of the weights."""
     parameters, files = _write_weights(step, weights, plan)
     size = sum(file.bytes for file in files.values())
@@ -160,11 +183,12 @@ def _write_checkpoint(step: Path, weights: PretrainedWeights, plan: Plan) -> int
         probe_tolerance=PROBE_TOLERANCE,
     )
     write_manifest(step, manifest)
-    sync_path(step)
     return size
 
 
-def _write_weights(step: Path, weights: PretrainedWeights, plan: Plan) -> tuple[dict[str, Parameter], dict[str, File]]:
+def _write_weights(
+    step: Location, weights: PretrainedWeights, plan: Plan
+) -> tuple[dict[str, Parameter], dict[str, File]]:
     """Write the weights in fp32. Tables of tokens are cut, each part into a file of its own, so that memory never holds
     the whole of one.
 

@@ -8,16 +8,16 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
-from megagpt.errors import ConfigError, DataError, LaunchError, MegagptError, RankError, run_command
+from megagpt.errors import ConfigError, DataError, LaunchError, MegagptError, RankError, StorageError, run_command
 from megagpt.parallel.console import Console, quiet_libraries
 from megagpt.parallel.launch import Launch, detect_launch
 from megagpt.plan import Plan, load_deepspeed_config, load_run_config, make_plan
 from megagpt.signals import StopSignal
+from megagpt.storage import RemotePath, location
 from megagpt.supervise.deadline import Deadline, end_of_job
 from megagpt.supervise.pulse import Phase
 from megagpt.supervise.stopping import Stopping
@@ -135,7 +135,14 @@ def require_writable_folders(plan: Plan, ranks: "Ranks") -> None:
     ):
         if ranks.rank != 0 or directory is None:
             continue
-        path = Path(directory).absolute()
+        place = location(directory)
+        if isinstance(place, RemotePath):
+            try:
+                place.require_writable()
+            except StorageError as error:
+                problems.append(f"{key}={directory} cannot be written to: {error}")
+            continue
+        path = place.absolute()
         nearest = next(folder for folder in (path, *path.parents) if folder.exists())
         try:
             with tempfile.TemporaryFile(dir=nearest):
@@ -166,6 +173,11 @@ def remarks(plan: Plan, data: "RunData") -> list[str]:
     found = []
     if plan.run.checkpoint.directory is None:
         found.append("checkpoint.directory is not set: nothing will be saved")
+    elif plan.run.shared_folder is None and plan.world_size > 1:
+        found.append(
+            "logging.directory is not set, and the checkpoints are in an object store: ranks learn of each other's end "
+            "late, and no one watches for hangs"
+        )
     if plan.run.training.eval_interval and not data.validation:
         found.append(
             f"training.eval_interval={plan.run.training.eval_interval} but the validation split of data.split="

@@ -5,13 +5,19 @@ from pathlib import Path
 
 from megagpt.errors import run_command
 from megagpt.parallel.console import quiet_libraries
+from megagpt.storage import location
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Write a checkpoint of any layout as a Hugging Face folder and compare its logits with the model's."
     )
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint, or a run's checkpoint directory")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=location,
+        help="a checkpoint, or a run's checkpoint.directory",
+    )
     parser.add_argument("--output", required=True, type=Path, help="folder to write; must not exist")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights"

@@ -1,15 +1,20 @@
 """Continue a prompt with a trained model: `python tools/generate.py --checkpoint DIR --prompt TEXT`."""
 
 import argparse
-from pathlib import Path
 
 from megagpt.errors import ConfigError, run_command
 from megagpt.parallel.console import quiet_libraries
+from megagpt.storage import location
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Continue a prompt with a trained model, in one process.")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint, or a run's checkpoint directory")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=location,
+        help="a checkpoint, or a run's checkpoint.directory",
+    )
     parser.add_argument("--prompt", required=True, action="append", help="text to continue; may be given several times")
     parser.add_argument("--tokenizer", help="tokenizer file (default: the one that the run was trained with)")
     parser.add_argument("--max-new-tokens", type=int, default=64)

@@ -1,10 +1,10 @@
 """List, verify and compare checkpoints, and show what they hold."""
 
 import argparse
-from pathlib import Path
 
 from megagpt.errors import run_command
 from megagpt.parallel.console import quiet_libraries
+from megagpt.storage import location
 
 
 def main() -> int:
@@ -13,11 +13,11 @@ def main() -> int:
         epilog="Exit status: 0 if all is well, 1 if a checkpoint is damaged or two differ, 2 after other errors.",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or the directory of a run's checkpoints")
+    parser.add_argument("checkpoint", type=location, help="a checkpoint, or a run's checkpoint.directory")
     parser.add_argument("--verify", action="store_true", help="read everything and compare the hashes")
     parser.add_argument("--parameters", action="store_true", help="shape and norms of each parameter (of the newest)")
     parser.add_argument(
-        "--compare", type=Path, metavar="OTHER", help="compare with another checkpoint, tensor by tensor"
+        "--compare", type=location, metavar="OTHER", help="compare with another checkpoint, tensor by tensor"
     )
     pinning = parser.add_mutually_exclusive_group()
     pinning.add_argument("--pin", action="store_true", help="keep this checkpoint for ever")

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from megagpt.errors import CheckpointError
 from megagpt.parallel.consensus import Consensus
 from megagpt.parallel.ranks import Ranks
 from megagpt.parallel.side_group import SideGroup
+from megagpt.storage import Location, RemotePath
 
 _ALIGNMENT = 64
 
@@ -23,7 +23,7 @@ _ALIGNMENT = 64
 class Saved:
     """A save that is complete."""
 
-    folder: Path
+    folder: Location
     step: int
     seconds: float
     """From its start to its end."""
@@ -80,7 +80,7 @@ class Saves:
         """Whether the end of a save has not been told yet; the same on all ranks."""
         return self._thread is not None
 
-    def start(self, work: Callable[[], None], folder: Path, step: int, started: float, in_thread: bool) -> None:
+    def start(self, work: Callable[[], None], folder: Location, step: int, started: float, in_thread: bool) -> None:
         """Begin a save; the one before must have ended.
 
         Args:
@@ -153,9 +153,8 @@ class Saves:
         self._votes.close()
         _, _, has_failed = self._votes.now(1, 0, self._failure is not None)
         if has_failed:
-            raise CheckpointError(
-                f"{self._folder}: could not be saved ({self._failure or 'see the messages of other ranks'}); free "
-                "space or mend the folder, then start again"
-            )
+            why = self._failure or "see the messages of other ranks"
+            advice = "mend that" if isinstance(self._folder, RemotePath) else "free space or mend the folder"
+            raise CheckpointError(f"{self._folder}: could not be saved ({why}); {advice}, then start again")
         assert self._saved is not None
         self.on_saved(self._saved)

@@ -23,15 +23,14 @@ from megagpt.checkpoint.manifest import (
     Parameter,
     Piece,
     read_manifest,
-    sync_path,
     write_manifest,
 )
 from megagpt.checkpoint.reader import STEP_PREFIX, CheckpointReader, list_checkpoints
 from megagpt.checkpoint.restore import Restorer
-from megagpt.checkpoint.retention import Retention
+from megagpt.checkpoint.retention import Retention, remove
 from megagpt.checkpoint.state import TrainedModel, TrainState
 from megagpt.checkpoint.tensor_file import file_bytes, write_tensors
-from megagpt.errors import CheckpointError
+from megagpt.errors import CheckpointError, MegagptError
 from megagpt.model.initialize import full_shape
 from megagpt.model.partition import partition_of
 from megagpt.optim import MOMENTS
@@ -39,6 +38,8 @@ from megagpt.parallel.console import Console
 from megagpt.parallel.ranks import Ranks
 from megagpt.parallel.rng import rng_state
 from megagpt.plan import Plan
+from megagpt.storage import Location, RemotePath, location
+from megagpt.storage.local import sync_path
 
 PROBE_POSITIONS = 32
 """Positions of the probe whose logits are kept: enough to tell models apart, little enough to keep for ever."""
@@ -57,9 +58,10 @@ def finished_step(plan: Plan) -> int | None:
 
     Raises:
         CheckpointError: that checkpoint belongs to another model.
+        StorageError: the store refuses or does not answer.
     """
     directory = plan.run.checkpoint.directory
-    for folder in list_checkpoints(Path(directory)) if directory else []:
+    for folder in list_checkpoints(location(directory)) if directory else []:
         try:
             reader = CheckpointReader(folder)
         except CheckpointError:  # restoring will tell
@@ -95,7 +97,7 @@ class Checkpoints:
         self.plan, self.engine, self.ranks, self.console = plan, engine, ranks, console
         self.fingerprints = dict(fingerprints)
         config = plan.run.checkpoint
-        self.directory = Path(config.directory) if config.directory else None
+        self.directory = location(config.directory) if config.directory else None
         self._gated = plan.model.is_gated
         self._moments = MOMENTS[plan.run.optimizer.name]
         self._saves = Saves(ranks, lambda saved: self.on_saved(saved))
@@ -105,7 +107,7 @@ class Checkpoints:
 
     # ---------------------------------------------------------------- save
 
-    def save(self, state: TrainState, metrics: dict[str, float], evaluated: bool = False) -> Path | None:
+    def save(self, state: TrainState, metrics: dict[str, float], evaluated: bool = False) -> Location | None:
         """Save all ranks' state; collective. Nothing if the run has no checkpoint directory.
 
         With `checkpoint.asynchronous` it returns as soon as the state is copied; `poll` or `wait` tell of the end. A
@@ -146,8 +148,9 @@ class Checkpoints:
             try:
                 self._write(final, tensors, pieces, probe, manifest)
             except SaveFailedError:
-                if self.ranks.rank == 0:  # what is there of it takes space, perhaps the last
-                    shutil.rmtree(temporary_folder(final), ignore_errors=True)
+                temporary = temporary_folder(final)
+                if self.ranks.rank == 0 and isinstance(temporary, Path):  # what is there of it takes space
+                    shutil.rmtree(temporary, ignore_errors=True)  # of a remote one the next save is rid
                 raise
 
         self._saves.start(work, final, state.step, started, in_thread)
@@ -216,7 +219,7 @@ class Checkpoints:
 
     def _write(
         self,
-        final: Path,
+        final: Location,
         tensors: dict[str, Tensor],
         pieces: Pieces,
         probe: dict[str, Tensor] | None,
@@ -242,8 +245,12 @@ class Checkpoints:
         gathered = self._saves.exchange.gather_objects((files, pieces))
         self._together(lambda: self._complete(temporary, final, _joined(manifest, gathered)) if is_first else None)
 
-    def _prepare(self, temporary: Path, needed: int) -> None:
+    def _prepare(self, temporary: Location, needed: int) -> None:
         assert self._retention is not None
+        if isinstance(temporary, RemotePath):
+            self._retention.clean()
+            remove(temporary)  # the same step again, after a resume from an older checkpoint
+            return
         temporary.parent.mkdir(parents=True, exist_ok=True)
         self._retention.clean()
         free = shutil.disk_usage(temporary.parent).free
@@ -251,11 +258,12 @@ class Checkpoints:
             raise OSError(f"{(needed + SPARE_BYTES) / 1e9:.3f} GB are needed and {free / 1e9:.3f} GB are free")
         temporary.mkdir()
 
-    def _complete(self, temporary: Path, final: Path, manifest: Manifest) -> None:
+    def _complete(self, temporary: Location, final: Location, manifest: Manifest) -> None:
         assert self._retention is not None
         write_manifest(temporary, manifest)
-        sync_path(temporary)
-        self._retention.replace(temporary, final)
+        if isinstance(temporary, Path) and isinstance(final, Path):
+            sync_path(temporary)
+            self._retention.replace(temporary, final)
         read_manifest(final)  # what cannot be read again must not replace what can
         self._retention.apply()
 
@@ -264,7 +272,7 @@ class Checkpoints:
         problem = None
         try:
             action()
-        except (OSError, CheckpointError) as error:
+        except (OSError, MegagptError) as error:
             problem = f"rank {self.ranks.rank}: {error}"
         except Exception as error:  # a bug here must not leave the other ranks waiting
             problem = f"rank {self.ranks.rank}: {type(error).__name__}: {error}"
@@ -305,6 +313,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: it belongs to another model, or there are checkpoints but none is intact.
+            StorageError: the store refuses or does not answer; on all ranks.
         """
         if self.directory is None:
             return None
@@ -317,8 +326,10 @@ class Checkpoints:
         return TrainState(manifest.step, manifest.samples, updates)
 
 
-def temporary_folder(final: Path) -> Path:
+def temporary_folder(final: Location) -> Location:
     """Where a checkpoint is written before it is complete."""
+    if isinstance(final, RemotePath):  # which has no names to change: it is complete once its last object is there
+        return final
     return final.with_name(f".{final.name}.tmp")
 
 

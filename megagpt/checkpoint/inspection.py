@@ -1,14 +1,16 @@
 """Look into checkpoints: list and verify them, show their parameters, compare two."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megagpt.checkpoint.manifest import MANIFEST
 from megagpt.checkpoint.reader import STEP_PREFIX, CheckpointReader, list_checkpoints
+from megagpt.checkpoint.restore import DAMAGED_PREFIX
 from megagpt.checkpoint.retention import BEST, LATEST, PINNED
 from megagpt.errors import CheckpointError
+from megagpt.storage import Location
 
 MAX_SHOWN = 20
 
@@ -17,7 +19,7 @@ MAX_SHOWN = 20
 class Summary:
     """One checkpoint of a list."""
 
-    folder: Path
+    folder: Location
     reader: CheckpointReader | None
     problems: tuple[str, ...]
     """What is wrong with it; empty if nothing was found."""
@@ -36,7 +38,7 @@ class Difference:
     """Norm of the difference over the norm of the first."""
 
 
-def summarise(path: Path, with_hash: bool) -> list[Summary]:
+def summarise(path: Location, with_hash: bool) -> list[Summary]:
     """Summaries of a checkpoint, or of all in a directory, newest first; damaged ones that were set aside come last.
 
     Args:
@@ -46,16 +48,19 @@ def summarise(path: Path, with_hash: bool) -> list[Summary]:
     Raises:
         CheckpointError: there is none.
     """
-    if path.name.startswith(STEP_PREFIX) or (path / "manifest.json").exists():
+    if path.name.startswith(STEP_PREFIX) or (path / MANIFEST).exists():
         folders = [path]
     else:
-        folders = [*list_checkpoints(path), *sorted(path.glob(f"damaged-{STEP_PREFIX}*"))]
+        folders = list_checkpoints(path)
+        if path.is_dir():
+            aside = f"{DAMAGED_PREFIX}{STEP_PREFIX}"
+            folders += sorted((other for other in path.iterdir() if other.name.startswith(aside)), key=str)
     if not folders or not path.is_dir():
         raise CheckpointError(f"{path}: no checkpoint here; give a checkpoint, or the directory of a run's checkpoints")
     return [_summary(folder, with_hash) for folder in folders]
 
 
-def _summary(folder: Path, with_hash: bool) -> Summary:
+def _summary(folder: Location, with_hash: bool) -> Summary:
     marks = [name for name in (LATEST, BEST) if _points_at(folder.parent / name, folder)]
     if (folder / PINNED).exists():
         marks.append(PINNED)
@@ -66,7 +71,7 @@ def _summary(folder: Path, with_hash: bool) -> Summary:
         return Summary(folder, None, (str(error),), tuple(marks))
 
 
-def _points_at(pointer: Path, folder: Path) -> bool:
+def _points_at(pointer: Location, folder: Location) -> bool:
     try:
         return pointer.read_text().strip() == folder.name
     except (OSError, ValueError):

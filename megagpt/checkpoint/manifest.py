@@ -11,20 +11,22 @@ A checkpoint is a folder `step-00000200/` with
     manifest.json                what is where, with sizes and hashes
     manifest.sha256              hash of the manifest, written last; a folder without these two does not count
 
-It is written under a temporary name and renamed once complete. Beside the checkpoints, `latest` and `best` hold the
+It is written under a temporary name and renamed once complete; in an object store, which has no names to change, it is
+there as soon as manifest.sha256 is. Beside the checkpoints, `latest` and `best` hold the
 name of the newest one and of the one with the lowest validation loss. They are for people and scripts: what a run
 resumes from is found by looking at all folders.
 """
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megagpt.errors import CheckpointError
+from megagpt.storage import Location
+from megagpt.storage.local import sync_path
 
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
@@ -116,11 +118,12 @@ class Manifest(_Record):
         return self.step if self.updates is None else self.updates
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Location) -> Manifest:
     """Read and check a checkpoint's manifest.
 
     Raises:
         CheckpointError: it is missing, not JSON, of another format version, or names files outside the folder.
+        StorageError: the store refuses or does not answer.
     """
     path = folder / MANIFEST
     try:
@@ -136,7 +139,7 @@ def read_manifest(folder: Path) -> Manifest:
     return parse_manifest(path, text)
 
 
-def parse_manifest(path: Path, text: bytes) -> Manifest:
+def parse_manifest(path: Location, text: bytes) -> Manifest:
     """The manifest that a file's content tells of.
 
     Raises:
@@ -167,18 +170,11 @@ def parse_manifest(path: Path, text: bytes) -> Manifest:
     return manifest
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest and its hash into a checkpoint's folder, and have both on the disk."""
+def write_manifest(folder: Location, manifest: Manifest) -> None:
+    """Write the manifest and, last, its hash into a checkpoint's folder, and have both on the disk."""
     text = manifest.model_dump_json(indent=1).encode()
     for name, content in ((MANIFEST, text), (MANIFEST_HASH, hashlib.sha256(text).hexdigest().encode() + b"\n")):
-        (folder / name).write_bytes(content)
-        sync_path(folder / name)
-
-
-def sync_path(path: Path) -> None:
-    """Have the operating system write a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        path = folder / name
+        path.write_bytes(content)
+        if isinstance(path, Path):
+            sync_path(path)

@@ -1,35 +1,45 @@
 """Read a checkpoint: the whole of a parameter or one tensor-parallel rank's shard of it, whatever layout wrote it."""
 
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint.manifest import PROBE, Manifest, Piece, read_manifest
+from megagpt.checkpoint.manifest import MANIFEST, MANIFEST_HASH, PROBE, Manifest, Piece, read_manifest
 from megagpt.checkpoint.tensor_file import DamagedError, TensorFile, host_memory
 from megagpt.errors import CheckpointError, ConfigError
 from megagpt.model.partition import partition_of
 from megagpt.plan import RunConfig, run_config_from_dict
+from megagpt.storage import Location, RemotePath
 
 STEP_PREFIX = "step-"
 
 
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Folders of complete-looking checkpoints under a run's checkpoint directory, newest first."""
-    if not directory.is_dir():
-        return []
-    folders = [path for path in directory.iterdir() if path.name.startswith(STEP_PREFIX) and path.is_dir()]
-    return sorted((path for path in folders if path.name[len(STEP_PREFIX) :].isdigit()), reverse=True)
+def list_checkpoints(directory: Location) -> list[Location]:
+    """Folders of complete-looking checkpoints under a run's checkpoint directory, newest first.
+
+    Raises:
+        StorageError: the store refuses or does not answer.
+    """
+    if isinstance(directory, RemotePath):
+        return [folder for folder in step_folders(directory) if (folder / MANIFEST_HASH).is_file()]
+    return [folder for folder in step_folders(directory) if folder.is_dir()] if directory.is_dir() else []
 
 
-def find_checkpoint(path: Path) -> Path:
+def step_folders(directory: Location) -> list[Location]:
+    """What has the name of a checkpoint in a directory that is there, complete or not, newest first."""
+    named = [path for path in directory.iterdir() if path.name.startswith(STEP_PREFIX)]
+    return sorted((path for path in named if path.name[len(STEP_PREFIX) :].isdigit()), key=str, reverse=True)
+
+
+def find_checkpoint(path: Location) -> Location:
     """A checkpoint folder from what a user gives: the folder itself, or a run's directory (its newest one).
 
     Raises:
         CheckpointError: there is none.
+        StorageError: the store refuses or does not answer.
     """
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST).is_file():
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints:
@@ -40,16 +50,17 @@ def find_checkpoint(path: Path) -> Path:
 
 
 class CheckpointReader:
-    """One checkpoint on disk.
+    """One checkpoint.
 
     Args:
         folder: the checkpoint.
 
     Raises:
         CheckpointError: the manifest is missing or damaged.
+        StorageError: here as in all methods: the store refuses or does not answer.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Location):
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         try:

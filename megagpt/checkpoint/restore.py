@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,12 +11,17 @@ from megagpt.checkpoint.changes import require_unchanged
 from megagpt.checkpoint.reader import CheckpointReader, list_checkpoints
 from megagpt.checkpoint.state import TrainedModel
 from megagpt.checkpoint.tensor_file import DamagedError
-from megagpt.errors import CheckpointError
+from megagpt.errors import CheckpointError, StorageError
 from megagpt.optim import MOMENTS
 from megagpt.parallel.console import Console
 from megagpt.parallel.ranks import Ranks
 from megagpt.parallel.rng import set_rng_state
 from megagpt.plan import Plan
+from megagpt.storage import Location
+from megagpt.storage.location import rename
+
+DAMAGED_PREFIX = "damaged-"
+"""In front of the name of a checkpoint that was found damaged."""
 
 
 class Restorer:
@@ -41,14 +45,17 @@ class Restorer:
         self.fingerprints = fingerprints
         self._moments = MOMENTS[plan.run.optimizer.name]
 
-    def restore_newest(self, directory: Path) -> CheckpointReader | None:
+    def restore_newest(self, directory: Location) -> CheckpointReader | None:
         """Load the newest intact checkpoint under a directory; collective. None if there is none at all.
 
         Raises:
             CheckpointError: it belongs to another model, or there are checkpoints but none is intact.
+            StorageError: the store refuses or does not answer; on all ranks.
         """
-        folders = self.ranks.broadcast_object(list_checkpoints(directory))
-        damaged: list[Path] = []
+        folders, problem = self.ranks.broadcast_object(self._list(directory) if self.ranks.rank == 0 else ([], None))
+        if problem:
+            raise StorageError(problem)
+        damaged: list[Location] = []
         for folder in folders:
             reader = self._load_intact(folder)
             if reader is not None:
@@ -67,44 +74,64 @@ class Restorer:
         """Whether the checkpoint has the state of this run's optimizer."""
         return set(self._moments) <= set(reader.manifest.moments)
 
-    def _load_intact(self, folder: Path) -> CheckpointReader | None:
+    def _list(self, directory: Location) -> tuple[list[Location], str | None]:
+        try:
+            return list_checkpoints(directory), None
+        except StorageError as error:
+            return [], str(error)
+
+    def _load_intact(self, folder: Location) -> CheckpointReader | None:
         """Load a checkpoint; None if it is damaged, which is told.
 
         Raises:
             CheckpointError: it is another run's.
+            StorageError: the store fails some rank, which says nothing about the checkpoint.
         """
         reader, problems = None, []
+        failure: CheckpointError | StorageError | None = None
         try:
             reader = CheckpointReader(folder)
             problems = reader.problems(self.ranks.rank, self.ranks.world_size, with_hash=False)
         except CheckpointError as error:
             problems = [str(error)]
-        if not self._all_intact(problems):
+        except StorageError as error:
+            failure = error
+        if not self._all_intact(problems, failure):
             return None
         assert reader is not None
         require_unchanged(reader, self.plan, self.fingerprints, self.console)
         self._require_all_used(reader)
-        refusal, problems = None, []
         try:
             self._load(reader)
         except DamagedError as error:
             problems = [str(error)]
-        except CheckpointError as error:
-            refusal = str(error)
-        if refusals := [found for found in self.ranks.gather_objects(refusal) if found]:
-            raise CheckpointError(refusals[0])
-        if not self._all_intact(problems):
+        except (CheckpointError, StorageError) as error:
+            failure = error
+        if not self._all_intact(problems, failure):
             return None
         checked = {name for names in self.ranks.gather_objects(reader.verified_files()) for name in names}
         rest = sorted(set(reader.manifest.files) - checked)[self.ranks.rank :: self.ranks.world_size]
-        if not self._all_intact([problem for name in rest if (problem := reader.file_problem(name))]):
+        problems, rng = [], None
+        try:
+            problems = [problem for name in rest if (problem := reader.file_problem(name))]
+            rng = self._rng(reader)
+        except DamagedError as error:
+            problems.append(str(error))
+        except StorageError as error:
+            failure = error
+        if not self._all_intact(problems, failure):
             return None
-        self._restore_rng(reader)
+        if rng is not None:
+            set_rng_state(rng)
         return reader
 
-    def _all_intact(self, problems: list[str]) -> bool:
-        """Tell what is wrong on any rank; whether nothing is."""
-        found = sorted({problem for part in self.ranks.gather_objects(problems) for problem in part})
+    def _all_intact(self, problems: list[str], failure: Exception | None) -> bool:
+        """Tell what is wrong on any rank; whether nothing is. What is no damage, but keeps any rank from going on, is
+        raised on all ranks."""
+        gathered = self.ranks.gather_objects((problems, failure))
+        if failures := [failure for _, failure in gathered if failure is not None]:
+            raise failures[0]
+        found = sorted({problem for part, _ in gathered for problem in part})
         for problem in found:
             self.console.warn(f"{problem}; this checkpoint is skipped and the next older one is tried")
         return not found
@@ -117,14 +144,14 @@ class Restorer:
                 "such a change of the model cannot be forced"
             )
 
-    def _set_aside(self, damaged: list[Path]) -> None:
+    def _set_aside(self, damaged: list[Location]) -> None:
         """Rename damaged checkpoints, so that retention does not count them as the newest; nothing is deleted."""
         if self.ranks.rank == 0:
             for folder in damaged:
-                kept = folder.with_name(f"damaged-{folder.name}-{time.time_ns()}")
-                with contextlib.suppress(OSError):  # a folder that cannot be renamed is skipped again next time
-                    folder.rename(kept)
-                    self.console.warn(f"{folder} is kept as {kept.name}")
+                kept = f"{DAMAGED_PREFIX}{folder.name}-{time.time_ns()}"
+                with contextlib.suppress(OSError, StorageError):  # one that cannot be renamed is skipped again
+                    rename(folder, kept)
+                    self.console.warn(f"{folder} is kept as {kept}")
         self.ranks.barrier()
 
     @torch.no_grad()
@@ -173,11 +200,10 @@ class Restorer:
             name, kind, ranks.tensor_rank, ranks.tensor_size, self.plan.padded_vocab_size, start, stop
         )
 
-    def _restore_rng(self, reader: CheckpointReader) -> None:
-        """Dropout goes on where it was, if every rank has the same place as before."""
+    def _rng(self, reader: CheckpointReader) -> dict[str, Tensor] | None:
+        """Random states to go on from: dropout goes on where it was, if every rank has the same place as before."""
         manifest, plan = reader.manifest, self.plan
         context = reader.run.parallel.context_parallel_size
         layout = (manifest.world_size, manifest.tensor_parallel_size, context, manifest.pipeline_parallel_size)
         sizes = plan.tensor_parallel_size, plan.context_parallel_size, plan.pipeline_parallel_size
-        if layout == (plan.world_size, *sizes):
-            set_rng_state(reader.rng(self.ranks.rank))
+        return reader.rng(self.ranks.rank) if layout == (plan.world_size, *sizes) else None

@@ -6,10 +6,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from megagpt.checkpoint.manifest import read_manifest, sync_path
-from megagpt.checkpoint.reader import STEP_PREFIX, list_checkpoints
-from megagpt.errors import CheckpointError
+from megagpt.checkpoint.manifest import MANIFEST_HASH, read_manifest
+from megagpt.checkpoint.reader import STEP_PREFIX, list_checkpoints, step_folders
+from megagpt.errors import CheckpointError, StorageError
 from megagpt.plan.config import CheckpointConfig
+from megagpt.storage import Location, RemotePath
+from megagpt.storage.local import sync_path, write_whole
 
 LATEST = "latest"
 BEST = "best"
@@ -27,24 +29,31 @@ class Retention:
         config: says how many stay.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig):
+    def __init__(self, directory: Location, config: CheckpointConfig):
         self.directory, self.config = directory, config
         self._losses: dict[str, float | None] = {}
 
     def clean(self) -> None:
         """Remove what a run that was killed while saving or deleting has left."""
+        if isinstance(self.directory, RemotePath):
+            for left in step_folders(self.directory):
+                if not (left / MANIFEST_HASH).is_file():
+                    remove(left)
+            with contextlib.suppress(StorageError):  # takes a right of its own, and is a matter of thrift only
+                self.directory.abandon_uploads()
+            return
         for pattern in (f".{STEP_PREFIX}*.tmp", f"{_REMOVED}*"):
             for folder in self.directory.glob(pattern):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def replace(self, temporary: Path, final: Path) -> None:
-        """Rename a complete checkpoint to its name, and have that on the disk."""
+        """Rename a complete (local) checkpoint to its name, and have that on the disk."""
         if final.exists():  # the same step again, after a resume from an older checkpoint
             self._losses.pop(final.name, None)
             remove(final, lambda: os.rename(temporary, final))
         else:
             os.rename(temporary, final)
-        sync_path(self.directory)
+        sync_path(final.parent)
 
     def apply(self) -> None:
         """Point at the newest and the best checkpoint, then delete what need not stay; damaged ones stay."""
@@ -62,7 +71,7 @@ class Retention:
             if not is_due and folder not in best and not (folder / PINNED).exists():
                 remove(folder)
 
-    def _loss(self, folder: Path) -> tuple[float | None] | None:
+    def _loss(self, folder: Location) -> tuple[float | None] | None:
         """(validation loss measured at that step, None if it was not); None for a checkpoint without a manifest."""
         if folder.name not in self._losses:
             try:
@@ -72,19 +81,24 @@ class Retention:
             self._losses[folder.name] = manifest.metrics.get("validation_loss") if manifest.evaluated else None
         return (self._losses[folder.name],)
 
-    def _point(self, name: str, folder: Path) -> None:
-        path, temporary = self.directory / name, self.directory / f".{name}.tmp"
+    def _point(self, name: str, folder: Location) -> None:
+        path, content = self.directory / name, f"{folder.name}\n"
         with contextlib.suppress(OSError):
-            if path.read_text() == f"{folder.name}\n":
+            if path.read_text() == content:
                 return
-        temporary.write_text(f"{folder.name}\n")
-        sync_path(temporary)
-        os.replace(temporary, path)
-        sync_path(self.directory)
+        if isinstance(path, RemotePath):
+            path.write_bytes(content.encode())
+        else:
+            write_whole(path, content.encode())
 
 
-def remove(folder: Path, before_deletion: Callable[[], None] = lambda: None) -> None:
-    """Delete a checkpoint so that a kill leaves it whole or away: it is renamed first."""
+def remove(folder: Location, before_deletion: Callable[[], None] = lambda: None) -> None:
+    """Delete a checkpoint so that a kill leaves it whole or away: it is renamed first, or loses what makes it one."""
+    if isinstance(folder, RemotePath):
+        (folder / MANIFEST_HASH).unlink(missing_ok=True)
+        before_deletion()
+        folder.remove_tree()
+        return
     hidden = folder.with_name(f"{_REMOVED}{folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     folder.rename(hidden)

@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from megagpt.checkpoint.manifest import File
 from megagpt.errors import CheckpointError
+from megagpt.storage import Location, RemotePath
+from megagpt.storage.transfer import open_ranges, upload
 
 _CODES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
@@ -30,7 +33,7 @@ _NO_HASH = "0" * 32
 _MAX_HEADER_BYTES = 100_000_000
 """As the safetensors library has it."""
 _CHUNK_BYTES = 1 << 20
-"""Read or written at once: still in the processor's cache when it is hashed."""
+"""Written at once: still in the processor's cache when it is hashed."""
 _MIN_HUGE_BYTES = 1 << 22
 
 
@@ -50,39 +53,71 @@ class Entry:
     xxh3: str
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], make: Callable[[str], Tensor] | None = None) -> File:
+def write_tensors(path: Location, tensors: Mapping[str, Tensor], make: Callable[[str], Tensor] | None = None) -> File:
     """Write a file and have it on the disk; memory holds one tensor at a time if they come from a device.
 
     Args:
         path: the file; replaced if it exists.
         tensors: float32, int64 or uint8, on any device.
-        make: gives each tensor when its turn comes; those of `tensors` then only say type and shape.
+        make: gives each tensor when its turn comes, twice for a remote file; those of `tensors` then only say type and
+            shape.
 
     Raises:
         OSError: it cannot be written.
+        StorageError: the store refuses or does not answer.
     """
+
+    def content(name: str) -> memoryview:
+        data = _bytes_of((tensors[name] if make is None else make(name)).detach().cpu().contiguous())
+        assert len(data) == tensors[name].numel() * tensors[name].element_size(), name
+        return data
+
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **{_HASH + name: _NO_HASH for name in tensors}}}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     start = len(_encoded(header))
+    if isinstance(path, RemotePath):
+        encoded = _write_remote(path, header, start + end, content)
+    else:
+        encoded = _write_local(path, header, content)
+    assert len(encoded) == start  # only the digits of the hashes have changed
+    return File(bytes=start + end, header_xxh3=xxhash.xxh3_128_hexdigest(encoded))
+
+
+def _write_local(path: Path, header: dict[str, Any], content: Callable[[str], memoryview]) -> bytes:
+    """Write a file in one pass, the header with the hashes last; returns the header."""
     path.unlink(missing_ok=True)  # whoever reads the old one keeps it
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    write = partial(os.write, descriptor)
     try:
-        os.lseek(descriptor, start, os.SEEK_SET)
-        for name, tensor in tensors.items():
-            data = _bytes_of((tensor if make is None else make(name)).detach().cpu().contiguous())
-            assert len(data) == tensor.numel() * tensor.element_size(), name
-            header["__metadata__"][_HASH + name] = _write_all(descriptor, data)
-        encoded = _encoded(header)  # as long as before: only the digits of the hashes have changed
-        assert len(encoded) == start
+        os.lseek(descriptor, len(_encoded(header)), os.SEEK_SET)
+        for name in _names(header):
+            header["__metadata__"][_HASH + name] = _write_all(write, content(name))
+        encoded = _encoded(header)
         os.lseek(descriptor, 0, os.SEEK_SET)
-        _write_all(descriptor, memoryview(encoded))
+        _write_all(write, memoryview(encoded))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return File(bytes=start + end, header_xxh3=xxhash.xxh3_128_hexdigest(encoded))
+    return encoded
+
+
+def _write_remote(path: RemotePath, header: dict[str, Any], size: int, content: Callable[[str], memoryview]) -> bytes:
+    """Write an object, which goes from its start to its end: hashes are taken before; returns the header."""
+    for name in _names(header):
+        header["__metadata__"][_HASH + name] = xxhash.xxh3_128_hexdigest(content(name))
+    encoded = _encoded(header)
+    with upload(path, size) as write:
+        _write_all(write, memoryview(encoded))
+        for name in _names(header):
+            _write_all(write, content(name))
+    return encoded
+
+
+def _names(header: dict[str, Any]) -> list[str]:
+    return [name for name in header if name != "__metadata__"]
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -99,25 +134,26 @@ class TensorFile:
 
     Raises:
         DamagedError: it is missing, of another size, or its header is not the one that was saved.
+        StorageError: here as in all methods: the store refuses or does not answer.
     """
 
-    def __init__(self, path: Path, expected: File):
+    def __init__(self, path: Location, expected: File):
         self.path = path
         self._verified: set[str] = set()
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._ranges = open_ranges(path)
         except OSError as error:
             raise DamagedError(f"{path}: {'missing' if error.errno == 2 else error.strerror}") from None
         try:
             self.entries = self._read_header(expected)
             """The tensors by name, in the file's order."""
         except BaseException:
-            os.close(self._descriptor)
+            self._ranges.close()
             raise
 
     def __del__(self) -> None:
         if hasattr(self, "entries"):
-            os.close(self._descriptor)
+            self._ranges.close()
 
     @property
     def is_verified(self) -> bool:
@@ -125,17 +161,23 @@ class TensorFile:
         return len(self._verified) == len(self.entries)
 
     def _read_header(self, expected: File) -> dict[str, Entry]:
-        path, size = self.path, os.fstat(self._descriptor).st_size
+        path, size = self.path, self._ranges.size
         if size != expected.bytes:
             raise DamagedError(f"{path}: {size} bytes, {expected.bytes} expected: truncated or replaced")
-        start = os.pread(self._descriptor, 8, 0)
+        start = self._bytes(8, 0)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > min(size - 8, _MAX_HEADER_BYTES):
             raise DamagedError(f"{path}: the header is longer than the file: damaged, or not ours")
-        text = os.pread(self._descriptor, length, 8)
+        text = self._bytes(length, 8)
         if xxhash.xxh3_128_hexdigest(start + text) != expected.header_xxh3:
             raise DamagedError(f"{path}: the hash of its header differs from the manifest's: changed or replaced")
         return parse_header(path, text, 8 + length, size)
+
+    def _bytes(self, count: int, offset: int) -> bytes:
+        memory, done = memoryview(bytearray(count)), 0
+        while done < count and (more := self._ranges.read_into(memory[done:], offset + done)):
+            done += more
+        return bytes(memory[:done])
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """One tensor, after its hash has been compared.
@@ -157,7 +199,7 @@ class TensorFile:
         view, done, digest = _bytes_of(data), 0, xxhash.xxh3_128()
         try:
             while done < entry.bytes:
-                count = os.preadv(self._descriptor, [view[done : done + _CHUNK_BYTES]], entry.begin + done)
+                count = self._ranges.read_into(view[done:], entry.begin + done)
                 if count == 0:
                     raise DamagedError(f"{self.path}: ends within {name}: truncated")
                 digest.update(view[done : done + count])
@@ -185,7 +227,7 @@ class TensorFile:
         view, offset = _bytes_of(out), self.entries[name].begin + begin
         while len(view):
             try:
-                count = os.preadv(self._descriptor, [view[: 1 << 30]], offset)
+                count = self._ranges.read_into(view, offset)
             except OSError as error:
                 raise DamagedError(f"{self.path}: {name}: not readable ({error.strerror})") from None
             if count == 0:
@@ -197,15 +239,16 @@ class TensorFile:
         if name not in self.entries:
             raise DamagedError(f"{self.path}: {name} is missing; the file is not ours")
         entry, digest, done = self.entries[name], xxhash.xxh3_128(), 0
+        memory = memoryview(bytearray(min(self._ranges.chunk_bytes, entry.bytes)))
         while done < entry.bytes:
             try:
-                chunk = os.pread(self._descriptor, min(_CHUNK_BYTES, entry.bytes - done), entry.begin + done)
+                count = self._ranges.read_into(memory[: entry.bytes - done], entry.begin + done)
             except OSError as error:
                 raise DamagedError(f"{self.path}: {name}: not readable ({error.strerror})") from None
-            if not chunk:
+            if not count:
                 raise DamagedError(f"{self.path}: ends within {name}: truncated")
-            digest.update(chunk)
-            done += len(chunk)
+            digest.update(memory[:count])
+            done += count
         if digest.hexdigest() != entry.xxh3:
             raise DamagedError(f"{self.path}: {name}: the hash differs from what was saved: the content has changed")
         self._verified.add(name)
@@ -222,7 +265,7 @@ class TensorFile:
             self.read(name, memory)
 
 
-def parse_header(path: Path, text: bytes, start: int, size: int) -> dict[str, Entry]:
+def parse_header(path: Location, text: bytes, start: int, size: int) -> dict[str, Entry]:
     """The tensors that a header tells of.
 
     Args:
@@ -301,12 +344,12 @@ def _encoded(header: dict[str, Any]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_all(descriptor: int, data: memoryview) -> str:
+def _write_all(write: Callable[[memoryview], int], data: memoryview) -> str:
     """Write all of it; the XXH3-128 of what was written."""
     digest = xxhash.xxh3_128()
     for begin in range(0, len(data), _CHUNK_BYTES):
         chunk = data[begin : begin + _CHUNK_BYTES]
         digest.update(chunk)
         while len(chunk):
-            chunk = chunk[os.write(descriptor, chunk) :]
+            chunk = chunk[write(chunk) :]
     return digest.hexdigest()

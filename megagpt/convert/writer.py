@@ -34,6 +34,7 @@ from megagpt.convert.tables import family_for
 from megagpt.convert.tokenizer import export_tokenizer
 from megagpt.errors import ConversionError
 from megagpt.plan.config import ModelConfig
+from megagpt.storage.local import sync_path
 
 MANIFEST = "megagpt_export.json"
 VOCABULARY = ("embedding.word_embeddings.weight", "head.weight")
@@ -120,7 +121,7 @@ def write_hf_folder(
             certify,
             workers,
         )
-        _fsync(partial)
+        sync_path(partial)
         if export.certificate is not None and not export.certificate.passed:
             failed = _free_name(folder)
             _move_into_place(partial, failed, False)
@@ -179,7 +180,7 @@ def _write_all(
             "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in sorted(files.items())},
         },
     )
-    _fsync(partial / MANIFEST)
+    sync_path(partial / MANIFEST)
     return Export(folder, family.name, parameters, weight_bytes, files, certificate)
 
 
@@ -270,7 +271,7 @@ def _move_into_place(partial: Path, folder: Path, overwrite: bool) -> None:
         if aside is not None:
             os.rename(aside, folder)
         raise
-    _fsync(folder.parent)
+    sync_path(folder.parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -287,15 +288,6 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _describe(path: Path) -> WrittenFile:
     """Size and hash of a small file, after forcing it to disk."""
-    _fsync(path)
+    sync_path(path)
     content = path.read_bytes()
     return WrittenFile(len(content), hashlib.sha256(content).hexdigest())
-
-
-def _fsync(path: Path) -> None:
-    """Force a file, or the entries of a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,7 +7,7 @@ import codecs
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from megagpt.data.inputs import Format, Input, decompressed, find_inputs, open_input
 from megagpt.data.jsonl import BadLineError, parse_texts
@@ -31,8 +31,7 @@ class Part:
     stop: int = -1
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """Texts of one document, a string or (if long) fragments for each key; or what is wrong with it."""
 
     texts: Sequence[str | Fragments]

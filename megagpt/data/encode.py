@@ -1,17 +1,18 @@
 """What a worker does: one unit of the inputs to tokens and lengths in files of their own.
 
 A unit's files are `NUMBER.KEY.tokens`, `NUMBER.KEY.lengths` (int32 for each document) and, written last, `NUMBER.json`,
-which says that the others are complete.
+which says that the others are complete. Nothing waits for the disk here: `NUMBER.json` holds the hashes of the others,
+which are compared when the units are merged.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+import xxhash
 
 from megagpt.data.documents import Document, Fragments, Part, read_documents
 from megagpt.data.files import write_whole
@@ -22,7 +23,7 @@ from megagpt.data.long_texts import LONG_CHARACTERS, cut_into_pieces
 from megagpt.errors import DataError
 from megagpt.tokenization.codec import Codec
 from megagpt.tokenization.gigatoken_codec import fast_codec
-from megagpt.tokenization.special_in_text import SpecialInText, with_special_in_text
+from megagpt.tokenization.special_in_text import with_special_in_text
 from megagpt.tokenization.tokenizer import Tokenizer
 
 OnBadLine = Literal["error", "skip"]
@@ -57,6 +58,8 @@ class Done:
     documents: int
     tokens: tuple[int, ...]
     """For each key."""
+    hashes: tuple[dict[str, str], ...]
+    """For each key: of its `tokens` and its `lengths` (xxh3_128)."""
     skipped_short: int
     skipped_bad: int
 
@@ -65,54 +68,63 @@ class _Output:
     """Tokens and lengths of one key of a unit."""
 
     def __init__(self, stem: Path, key: int, dtype: np.dtype):
-        self._tokens: BinaryIO = open(f"{stem}.{key}.tokens", "wb", 1 << 20)  # noqa: SIM115
+        self._tokens: BinaryIO = open(f"{stem}.{key}.tokens", "w+b", 1 << 20)  # noqa: SIM115
         self._lengths: BinaryIO = open(f"{stem}.{key}.lengths", "wb")  # noqa: SIM115
+        self._tokens_hash, self._lengths_hash = xxhash.xxh3_128(), xxhash.xxh3_128()
         self.dtype = dtype
         self.num_tokens = 0
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         self._tokens.write(tokens.data)
+        self._tokens_hash.update(tokens.data)
         self._lengths.write(lengths.data)
+        self._lengths_hash.update(lengths.data)
         self.num_tokens += len(tokens)
 
     def forget_tokens(self, down_to: int) -> None:
         """Take back tokens that have no length yet."""
-        self._tokens.seek(down_to * self.dtype.itemsize)
-        self._tokens.truncate()
+        self._tokens.truncate(down_to * self.dtype.itemsize)
+        self._tokens.seek(0)
+        self._tokens_hash.reset()
+        while content := self._tokens.read(1 << 20):
+            self._tokens_hash.update(content)
         self.num_tokens = down_to
 
-    def close(self, whole: bool) -> None:
-        for file in (self._tokens, self._lengths):
-            if whole:
-                file.flush()
-                os.fsync(file.fileno())
-            file.close()
+    def hashes(self) -> dict[str, str]:
+        return {"tokens": self._tokens_hash.hexdigest(), "lengths": self._lengths_hash.hexdigest()}
+
+    def close(self) -> None:
+        self._tokens.close()
+        self._lengths.close()
 
 
 class Encoder:
     """Turns documents into tokens; one per process."""
 
-    def __init__(self, encoding: Encoding):
+    def __init__(self, encoding: Encoding, codec: Codec):
+        """Use a codec; see `load` to get one."""
+        self.encoding = encoding
+        self._codec = with_special_in_text(codec) if encoding.special_tokens_in_text else codec
+        self.dtype = dtype_for_vocabulary(codec.vocab_size)
+        self._before = np.array(codec.special.prefix, dtype=self.dtype)
+        self._behind = np.array(codec.special.suffix, dtype=self.dtype)
+        self._eod = np.array([codec.special.eod] if encoding.append_eod else [], dtype=self.dtype)
+
+    @classmethod
+    def load(cls, encoding: Encoding) -> "Encoder":
         """Load the tokenizer.
 
         Raises:
             DataError: it cannot be loaded.
         """
-        self.encoding = encoding
-        self.tokenizer = Tokenizer.load(encoding.tokenizer)
-        self._codec: Codec = self.tokenizer.codec
+        tokenizer = Tokenizer.load(encoding.tokenizer)
+        codec: Codec | None = tokenizer.codec
         if encoding.fast:
-            fast, reason = fast_codec(self.tokenizer, ())
-            if fast is None:
+            codec, reason = fast_codec(tokenizer, ())
+            if codec is None:
                 raise DataError(f"{reason}; start again with --backend reference")
-            self._codec = fast
-        special = self.tokenizer.codec.special
-        if encoding.special_tokens_in_text and with_special_in_text(self.tokenizer.codec) is not self.tokenizer.codec:
-            self._codec = SpecialInText(self._codec)
-        self._before = np.array(special.prefix, dtype=np.int64)
-        self._behind = np.array(special.suffix, dtype=np.int64)
-        self._eod = np.array([special.eod] if encoding.append_eod else [], dtype=np.int64)
-        self.dtype = dtype_for_vocabulary(self.tokenizer.vocab_size)
+        assert codec is not None, "each tokenizer has one"
+        return cls(encoding, codec)
 
     def encode_unit(
         self, number: int, parts: Iterable[Part], inputs: Sequence[Input], folder: Path, report: Report
@@ -125,7 +137,6 @@ class Encoder:
         """
         stem = folder / f"{number:08d}"
         outputs = [_Output(stem, key, self.dtype) for key in range(len(self.encoding.text_keys))]
-        whole = False
         try:
             unit = _Unit(self, outputs, report)
             for part in parts:
@@ -133,47 +144,39 @@ class Encoder:
                 for document in read_documents(source, part.start, part.stop, self.encoding.text_keys, str(folder)):
                     unit.add(document)
             done = unit.finish()
-            whole = True
         finally:
             for output in outputs:
-                output.close(whole)
-        write_whole(Path(f"{stem}.json"), json.dumps(asdict(done)).encode())
+                output.close()
+        write_whole(Path(f"{stem}.json"), json.dumps(asdict(done)).encode(), durable=False)
         return done
 
-    def encode(self, texts: list[str]) -> list[Any]:
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text, without anything around them."""
-        return self._codec.encode_batch(texts, self.encoding.threads)
+        return self._codec.encode_arrays(texts, self.encoding.threads)
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of all texts one after the other, and the length of each, int32 [texts]."""
         found = self.encode(texts)
-        bare = np.fromiter(map(len, found), dtype=np.int64, count=len(found))
         around = len(self._before) + len(self._behind)
-        lengths = bare + around
-        lengths += (lengths > 0) * len(self._eod)
-        tokens = np.empty(int(lengths.sum()), dtype=self.dtype)
-        before, behind = self._before, np.concatenate([self._behind, self._eod])
-        at = 0
-        for ids, length in zip(found, lengths.tolist(), strict=True):
-            if not length:
-                continue
-            start, stop = at + len(before), at + length - len(behind)
-            tokens[at:start] = before
-            tokens[start:stop] = ids
-            tokens[stop : at + length] = behind
-            at += length
-        return tokens, lengths.astype(np.int32)
+        lengths = np.fromiter(map(len, found), dtype=np.int32, count=len(found)) + np.int32(around)
+        lengths += (lengths > 0) * np.int32(len(self._eod))
+        before = [self._before] if len(self._before) else []
+        behind = [part for part in (self._behind, self._eod) if len(part)]
+        parts = [part for ids in found if around or len(ids) for part in (*before, ids, *behind)]
+        # Ids of any integer type; the tokenizer's vocabulary has decided the type on disk.
+        tokens = np.concatenate([*parts, self._eod[:0]], dtype=self.dtype, casting="unsafe")
+        return tokens, lengths
 
     def encode_long(self, fragments: Iterable[str], put: Callable[[np.ndarray], None]) -> int:
         """Pass the tokens of one long document to `put`, some at a time; returns how many there are."""
-        put(self._before.astype(self.dtype))
+        put(self._before)
         length = len(self._before)
         for piece in cut_into_pieces(fragments, self.encode):
             (ids,) = self.encode([piece])
-            put(np.asarray(ids, dtype=self.dtype))
+            put(ids.astype(self.dtype))
             length += len(ids)
         end = np.concatenate([self._behind, self._eod if length + len(self._behind) else self._eod[:0]])
-        put(end.astype(self.dtype))
+        put(end)
         return length + len(end)
 
 
@@ -183,7 +186,7 @@ class _Unit:
     def __init__(self, encoder: Encoder, outputs: list[_Output], report: Report):
         self._encoder, self._outputs, self._report = encoder, outputs, report
         self._encoding = encoder.encoding
-        self._texts: list[tuple[str, ...]] = []
+        self._texts: list[Sequence[Any]] = []
         self._characters = self._bytes = 0
         self._reported_tokens = 0
         self._documents = self._short = self._bad = 0
@@ -194,25 +197,32 @@ class _Unit:
         if document.fault is not None:
             self._refuse(document, document.fault)
             return
-        texts = document.texts
-        short = [text for text in texts if isinstance(text, str)]
-        if any(len(text) < self._encoding.min_length for text in short):
-            self._short += 1
-        elif len(short) < len(texts) or any(len(text) > LONG_CHARACTERS for text in short):
+        characters, is_long = 0, False
+        for text in document.texts:
+            if not isinstance(text, str):
+                is_long = True
+            elif len(text) < self._encoding.min_length:
+                self._short += 1
+                return
+            else:
+                characters += len(text)
+                is_long = is_long or len(text) > LONG_CHARACTERS
+        if is_long:
             self._flush()
             self._add_long(document)
-        else:
-            self._documents += 1
-            self._texts.append(tuple(short))
-            self._characters += sum(map(len, short))
-            if self._characters >= _BATCH_CHARACTERS or len(self._texts) >= _BATCH_DOCUMENTS:
-                self._flush()
+            return
+        self._documents += 1
+        self._texts.append(document.texts)
+        self._characters += characters
+        if self._characters >= _BATCH_CHARACTERS or len(self._texts) >= _BATCH_DOCUMENTS:
+            self._flush()
 
     def finish(self) -> Done:
         """Encode what is left."""
         self._flush()
         tokens = tuple(output.num_tokens for output in self._outputs)
-        return Done(self._documents, tokens, self._short, self._bad)
+        hashes = tuple(output.hashes() for output in self._outputs)
+        return Done(self._documents, tokens, hashes, self._short, self._bad)
 
     def _flush(self) -> None:
         if self._texts:

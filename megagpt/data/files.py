@@ -1,71 +1,26 @@
-"""Files which are either whole or absent: written under a temporary name, flushed to disk, then renamed."""
+"""Small files of datasets and reports, whole or absent."""
 
-import glob
-import hashlib
-import os
 from pathlib import Path
 
 from megagpt.errors import DataError
-
-_CHUNK_BYTES = 1 << 20
-
-
-def temporary_name(path: Path) -> Path:
-    """A name in the same folder (so that renaming is atomic), told apart by the process that writes it."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+from megagpt.storage import local
 
 
-def remove_temporary(*finals: Path) -> None:
-    """Remove what killed processes have left of files; only for whoever knows that no other one writes them."""
-    for final in finals:
-        for path in final.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
-            path.unlink(missing_ok=True)
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Rename a file that is already on disk to its final name and make the new name durable.
-
-    Raises:
-        OSError: the rename failed; the temporary file is still there.
-    """
-    os.replace(temporary, final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, durable: bool = True) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part.
+
+    Args:
+        path: the file.
+        content: all of it.
+        durable: wait until the disk has it; without that a crash of the machine (not of the process) may empty it.
 
     Raises:
         DataError: the file cannot be written.
     """
-    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
+        local.write_whole(path, content, durable)
     except OSError as error:
         raise DataError(
             f"{path} cannot be written ({error.strerror}); choose a writable folder with free space"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's content as 64 hexadecimal digits.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -3,11 +3,11 @@
 import hashlib
 from pathlib import Path
 
-from megagpt.data.files import sha256_of_file
 from megagpt.data.indexed import bin_path, idx_path
 from megagpt.data.manifest import read_manifest
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.plan.data_config import DataConfig
+from megagpt.storage.local import sha256_of_file
 
 
 def fingerprints(config: DataConfig) -> dict[str, str]:

@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.data.files import publish, temporary_name
 from megagpt.errors import DataError
+from megagpt.storage.local import publish, temporary_name
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -9,8 +9,12 @@ from megagpt.tokenization.tokenizer import encoding_fault
 _fast_loads: Callable[[bytes], Any]
 try:
     from orjson import loads as _fast_loads
+
+    _REFUSES_SURROGATES = True
 except ModuleNotFoundError:  # part of the `data` extra: only faster
     from json import loads as _fast_loads
+
+    _REFUSES_SURROGATES = False
 
 
 class BadLineError(Exception):
@@ -26,10 +30,13 @@ def parse_texts(line: bytes, text_keys: Sequence[str]) -> list[str]:
     try:
         record = _fast_loads(line)
         texts = [record[key] for key in text_keys]
+        for text in texts:
+            if type(text) is not str:
+                return _parse_slowly(line, text_keys)
     except (ValueError, KeyError, TypeError, RecursionError):
         return _parse_slowly(line, text_keys)
     # Only escapes spell lone surrogates.
-    if b"\\u" in line or any(type(text) is not str for text in texts):
+    if not _REFUSES_SURROGATES and b"\\u" in line:
         return _parse_slowly(line, text_keys)
     return texts
 

@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import get_args
 
-from megagpt.data.files import sha256_of_file, write_whole
+from megagpt.data.files import write_whole
 from megagpt.data.indexed import bin_path, idx_path
 from megagpt.errors import DataError
+from megagpt.storage.local import sha256_of_file
 
 FORMAT = 2
 

@@ -2,15 +2,14 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
-
 import numpy as np
+import xxhash
 
 from megagpt.data.indexed import IndexedWriter
 from megagpt.data.order import keyed_permutation_array
 from megagpt.data.work import WorkFolder
 
-_TOKENS_PER_CHUNK = 1 << 20
+_ROWS_PER_CHUNK = 1 << 20
 _DOCUMENTS_PER_CHUNK = 1 << 16
 _BYTES_PER_READ = 1 << 22
 
@@ -26,22 +25,34 @@ def merge_units(work: WorkFolder, num_units: int, key: int, writer: IndexedWrite
         seed: draws the order of the documents; None: that of the inputs.
 
     Raises:
+        DamagedWorkError: a unit's files are not as they were written.
         OSError: the disk is full or gone.
     """
     if seed is not None:
         _merge_shuffled(work, num_units, key, writer, seed)
         return
     for number in range(num_units):
-        for tokens in _chunks(work.unit_file(number, key, "tokens"), writer.dtype, _TOKENS_PER_CHUNK):
+        for tokens in _chunks(work, number, key, "tokens", writer.dtype):
             writer.add_tokens(tokens)
-        for lengths in _chunks(work.unit_file(number, key, "lengths"), np.dtype("<i4"), _TOKENS_PER_CHUNK):
+        for lengths in _chunks(work, number, key, "lengths", np.dtype("<i4")):
             writer.add_lengths(lengths)
 
 
-def _chunks(path: Path, dtype: np.dtype, rows: int) -> Iterator[np.ndarray]:
-    with path.open("rb") as file:
-        while content := file.read(rows * dtype.itemsize):
-            yield np.frombuffer(content, dtype=dtype)
+def _chunks(work: WorkFolder, number: int, key: int, what: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """One of a unit's files, some rows at a time, compared with its hash at the end."""
+    expected = work.done(number)["hashes"][key][what]
+    found = xxhash.xxh3_128()
+    try:
+        with work.unit_file(number, key, what).open("rb") as file:
+            while content := file.read(_ROWS_PER_CHUNK * dtype.itemsize):
+                found.update(content)
+                if len(content) % dtype.itemsize:
+                    break
+                yield np.frombuffer(content, dtype=dtype)
+    except FileNotFoundError:
+        raise work.unit_is_damaged(number) from None
+    if found.hexdigest() != expected:
+        raise work.unit_is_damaged(number)
 
 
 def _merge_shuffled(work: WorkFolder, num_units: int, key: int, writer: IndexedWriter, seed: int) -> None:
@@ -52,9 +63,9 @@ def _merge_shuffled(work: WorkFolder, num_units: int, key: int, writer: IndexedW
         start = np.zeros(1, dtype=np.int64)
         starts_file.write(start.data)
         for number in range(num_units):
-            for tokens in _chunks(work.unit_file(number, key, "tokens"), writer.dtype, _TOKENS_PER_CHUNK):
+            for tokens in _chunks(work, number, key, "tokens", writer.dtype):
                 tokens_file.write(tokens.data)
-            for lengths in _chunks(work.unit_file(number, key, "lengths"), np.dtype("<i4"), _TOKENS_PER_CHUNK):
+            for lengths in _chunks(work, number, key, "lengths", np.dtype("<i4")):
                 ends = start[-1] + np.cumsum(lengths, dtype=np.int64)
                 starts_file.write(ends.data)
                 start = ends

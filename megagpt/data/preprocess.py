@@ -5,7 +5,6 @@ all are there, one rank copies them one after the other. So bytes depend neither
 goes on with the units that are missing, and what stands under the final names is always whole.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ from typing import Any, Literal
 import megagpt
 from megagpt.data import manifest as manifests
 from megagpt.data.documents import read_documents
-from megagpt.data.encode import Encoding, OnBadLine
-from megagpt.data.files import remove_temporary, sha256_of_file
+from megagpt.data.encode import Encoder, Encoding, OnBadLine
 from megagpt.data.indexed import IndexedWriter, bin_path, dtype_for_vocabulary, idx_path
 from megagpt.data.inputs import Format, Input, find_inputs
 from megagpt.data.job_rank import ALONE, JobRank
@@ -25,9 +23,11 @@ from megagpt.data.jsonl import BadLineError
 from megagpt.data.manifest import InputFile, Manifest, read_manifest
 from megagpt.data.merge import merge_units
 from megagpt.data.progress import ByteProgress
-from megagpt.data.work import Plan, WorkFolder, plan_units
+from megagpt.data.work import DamagedWorkError, Plan, WorkFolder, plan_units
 from megagpt.data.workers import Todo, WorkerKilledError, run_here, run_in_processes
 from megagpt.errors import DataError
+from megagpt.storage.local import remove_temporary, sha256_of_file
+from megagpt.tokenization.codec import Codec
 from megagpt.tokenization.gigatoken_codec import fast_codec
 from megagpt.tokenization.tokenizer import Tokenizer
 
@@ -116,7 +116,7 @@ def run_job(
             try:
                 _do_share(job, work, plan, ranks.rank, tokenizer, workers, threads, backend)
                 return _merge(job, work, plan, tokenizer)
-            except WorkerKilledError:
+            except (WorkerKilledError, DamagedWorkError):
                 raise
             except DataError:
                 # With an input that must be mended, what was done so far is of no use.
@@ -217,13 +217,12 @@ def _do_share(
 ) -> None:
     """Do the units of a rank."""
     todo = Todo(work, plan, rank)
-    fast = False
+    fast: Codec | None = None
     if todo.units and backend != "reference":
-        codec, reason = fast_codec(tokenizer, _probe(job, plan))
-        fast = codec is not None
-        if not fast and backend == "gigatoken":
+        fast, reason = fast_codec(tokenizer, _probe(job, plan))
+        if fast is None and backend == "gigatoken":
             raise DataError(f"--backend gigatoken: {reason}; use --backend auto")
-        if not fast and tokenizer.kind == "huggingface":
+        if fast is None and tokenizer.kind == "huggingface":
             _tell(f"the tokenizers library encodes, which is slower: {reason}")
     encoding = Encoding(
         tokenizer=str(job.tokenizer),
@@ -232,13 +231,13 @@ def _do_share(
         min_length=job.min_length,
         on_bad_line=job.on_bad_line,
         threads=threads,
-        fast=fast,
+        fast=fast is not None,
         special_tokens_in_text=job.special_tokens_in_text,
     )
     with ByteProgress("tokenising", todo.total_bytes) as progress:
         progress.skip(todo.total_bytes - todo.left_bytes)
         if workers == 1 or len(todo.units) + len(todo.hashes) < 2:
-            run_here(work, plan, encoding, todo, progress)
+            run_here(work, plan, Encoder(encoding, fast or tokenizer.codec), todo, progress)
         else:
             run_in_processes(work, plan, encoding, todo, progress, workers)
 
@@ -274,7 +273,7 @@ def _merge(job: Job, work: WorkFolder, plan: Plan, tokenizer: Tokenizer) -> list
         if not mine:
             return []
         files = tuple(
-            InputFile(source.path, source.bytes, source.modified_ns, json.loads(work.hash_file(index).read_bytes()))
+            InputFile(source.path, source.bytes, source.modified_ns, work.input_hash(index))
             for index, source in enumerate(plan.inputs)
         )
         done = [work.done(number) for number in range(len(plan.units))]

@@ -25,11 +25,15 @@ from megagpt.data.files import write_whole
 from megagpt.data.inputs import Input
 from megagpt.errors import DataError
 
-_FORMAT = 1
-_SMALLEST_UNIT_BYTES, _LARGEST_UNIT_BYTES = 1 << 20, 1 << 26
+_FORMAT = 2
+_SMALLEST_UNIT_BYTES, _LARGEST_UNIT_BYTES = 1 << 22, 1 << 26
 _UNITS_WANTED = 512
 
 Unit = list[Part]
+
+
+class DamagedWorkError(DataError):
+    """What an earlier process has done was lost; the rest stays."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +164,38 @@ class WorkFolder:
         return (self.path / f"{number:08d}.json").exists()
 
     def done(self, number: int) -> dict[str, Any]:
-        """What a finished unit came to."""
-        return json.loads((self.path / f"{number:08d}.json").read_bytes())
+        """What a finished unit came to.
+
+        Raises:
+            DamagedWorkError: its file is damaged.
+        """
+        return self._finished(self.path / f"{number:08d}.json")
+
+    def input_hash(self, index: int) -> str:
+        """SHA-256 of an input.
+
+        Raises:
+            DamagedWorkError: its file is damaged.
+        """
+        return self._finished(self.hash_file(index))
+
+    def _finished(self, path: Path) -> Any:
+        try:
+            return json.loads(path.read_bytes())
+        except ValueError:
+            raise self.damaged(path) from None
+
+    def damaged(self, *paths: Path) -> "DamagedWorkError":
+        """What to raise about damaged files, which are removed, and so made anew by the next start."""
+        for path in paths:
+            path.unlink(missing_ok=True)
+        return DamagedWorkError(
+            f"{paths[-1]} is not as it was written (has the machine crashed since?); start again to do this part anew"
+        )
+
+    def unit_is_damaged(self, number: int) -> "DamagedWorkError":
+        """The same about a unit."""
+        return self.damaged(*sorted(self.path.glob(f"{number:08d}.*")))
 
     def unit_file(self, number: int, key: int, what: str) -> Path:
         """Path of a finished unit's tokens or lengths."""

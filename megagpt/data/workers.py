@@ -13,11 +13,12 @@ from typing import Any
 
 from megagpt.data.documents import Part
 from megagpt.data.encode import Encoder, Encoding
-from megagpt.data.files import sha256_of_file, write_whole
+from megagpt.data.files import write_whole
 from megagpt.data.inputs import Input
 from megagpt.data.progress import ByteProgress
 from megagpt.data.work import Plan, WorkFolder
 from megagpt.errors import DataError
+from megagpt.storage.local import sha256_of_file
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -29,12 +30,12 @@ class WorkerKilledError(DataError):
 class _Worker:
     """What one process needs to do units."""
 
-    def __init__(self, encoding: Encoding, inputs: Sequence[Input], folder: Path):
+    def __init__(self, encoding: Encoding, inputs: Sequence[Input], folder: Path, encoder: Encoder | None = None):
         self._encoding, self._inputs, self._folder = encoding, inputs, folder
-        self._encoder: Encoder | None = None
+        self._encoder = encoder
 
     def unit(self, number: int, parts: Any, report: Any) -> None:
-        self._encoder = self._encoder or Encoder(self._encoding)
+        self._encoder = self._encoder or Encoder.load(self._encoding)
         self._encoder.encode_unit(number, parts, self._inputs, self._folder, report)
 
     def hash(self, index: int, target: Path) -> None:
@@ -42,17 +43,17 @@ class _Worker:
             found = sha256_of_file(Path(self._inputs[index].path))
         except OSError as error:
             raise DataError(f"input {self._inputs[index].path} cannot be read ({error.strerror})") from None
-        write_whole(target, json.dumps(found).encode())
+        write_whole(target, json.dumps(found).encode(), durable=False)
 
 
-def run_here(work: WorkFolder, plan: Plan, encoding: Encoding, todo: "Todo", progress: ByteProgress) -> None:
+def run_here(work: WorkFolder, plan: Plan, encoder: Encoder, todo: "Todo", progress: ByteProgress) -> None:
     """Do the units and hashes of a rank in this process.
 
     Raises:
         DataError: an input is unusable.
         OSError: the disk is full or gone.
     """
-    worker = _Worker(encoding, plan.inputs, work.path)
+    worker = _Worker(encoder.encoding, plan.inputs, work.path, encoder)
     for number in todo.units:
         worker.unit(number, plan.units[number], progress.advance)
     for index in todo.hashes:

@@ -10,6 +10,7 @@ from pydantic import Field, Strict, model_validator
 
 from megagpt.plan.data_config import DataConfig
 from megagpt.plan.section import NonNegative, Positive, Probability, Section, is_count, without_nulls
+from megagpt.storage import RemotePath, location
 
 PipelinePartition = Literal["uniform", "parameters"] | Annotated[tuple[NonNegative, ...], Strict(False)]
 
@@ -269,7 +270,8 @@ class CheckpointConfig(Section):
     """Where and when the state is saved."""
 
     directory: str | None = None
-    """Folder of the checkpoints; the run resumes from the newest one there. None: nothing is saved."""
+    """Folder of the checkpoints, or the URL of one in an object store (s3://BUCKET/FOLDER, and what else fsspec
+    knows); the run resumes from the newest one there. None: nothing is saved."""
     save_interval: NonNegative = 0
     """Steps between checkpoints; 0 saves at the end only."""
     keep_last: Positive = 2
@@ -293,7 +295,8 @@ class LoggingConfig(Section):
     interval: Positive = 10
     """Steps between progress reports; the only moments at which the host waits for the device."""
     directory: str | None = None
-    """Folder for metrics.jsonl and TensorBoard files; None: progress lines only."""
+    """Folder for metrics.jsonl and TensorBoard files, and for what the ranks tell each other of their progress; None:
+    progress lines only, and the latter beside the checkpoints."""
 
 
 class SupervisionConfig(Section):
@@ -330,6 +333,13 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     supervision: SupervisionConfig = SupervisionConfig()
+
+    @property
+    def shared_folder(self) -> str | None:
+        """A folder that all ranks see, if there is one: of the logs, else of the checkpoints."""
+        checkpoints = self.checkpoint.directory
+        remote = checkpoints is not None and isinstance(location(checkpoints), RemotePath)
+        return self.logging.directory or (None if remote else checkpoints)
 
     @model_validator(mode="before")
     @classmethod

@@ -12,6 +12,8 @@ from megagpt.plan.layout import divisors
 from megagpt.plan.recompute import FULL_ONLY_KEYS
 from megagpt.plan.wording import or_list, shown
 from megagpt.plan.zero import check_zero
+from megagpt.storage import RemotePath, location
+from megagpt.storage.filesystem import problem_of
 
 
 def check_all(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> list[str]:
@@ -306,6 +308,12 @@ def check_outputs(run: RunConfig) -> list[str]:
             f"checkpoint.save_interval={run.checkpoint.save_interval} needs a place to save to; set "
             "checkpoint.directory, or save_interval to 0"
         )
+    directory, logs = run.checkpoint.directory, run.logging.directory
+    place = None if directory is None else location(directory)
+    if isinstance(place, RemotePath) and (problem := problem_of(place.url)):
+        problems.append(f"checkpoint.directory: {problem}")
+    if logs is not None and isinstance(location(logs), RemotePath):
+        problems.append(f"logging.directory={logs}: files cannot grow in an object store; give a local folder")
     return problems
 
 

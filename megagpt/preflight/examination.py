@@ -21,6 +21,7 @@ from megagpt.preflight.findings import Finding, failed, merged, ok
 from megagpt.preflight.host import check_host, nearest_folder, versions
 from megagpt.preflight.meeting import Meeting
 from megagpt.preflight.network import Link, judge_links, measure_links
+from megagpt.storage import RemotePath, location
 
 COLLECTIVE_SECONDS = 60.0
 
@@ -87,7 +88,7 @@ def _check_shared(plan: Plan, meeting: Meeting, leaders: dict[str, int], host: s
     is_leader = leaders[host] == meeting.launch.rank
     findings = []
     for key, directory in folders.items():
-        if directory is None or len(leaders) == 1:
+        if directory is None or len(leaders) == 1 or isinstance(location(directory), RemotePath):
             continue
         mine = f".megagpt-doctor-{os.getpid()}-{time.time_ns()}"
         folder = nearest_folder(directory)

@@ -13,9 +13,10 @@ import torch
 
 from megagpt import __version__
 from megagpt.data.run_data import open_data
-from megagpt.errors import MegagptError
+from megagpt.errors import MegagptError, StorageError
 from megagpt.plan import Plan
 from megagpt.preflight.findings import Finding, failed, ok, warning
+from megagpt.storage import RemotePath, location
 
 GIB = 1 << 30
 _LIBRARIES = ("torch", "deepspeed", "megatron-core", "numpy", "safetensors", "sentencepiece")
@@ -131,6 +132,9 @@ def check_disk(plan: Plan) -> Finding:
     directory = plan.run.checkpoint.directory
     if directory is None:
         return warning("disk", "checkpoint.directory is not set", "set it, or nothing will be saved")
+    place = location(directory)
+    if isinstance(place, RemotePath):
+        return _check_store(place)
     path = nearest_folder(directory)
     count = plan.run.checkpoint.keep_last + 1
     need, free = count * checkpoint_bytes(plan), shutil.disk_usage(path).free
@@ -140,6 +144,14 @@ def check_disk(plan: Plan) -> Finding:
     if need > free:
         return failed("disk", text, "free space, or keep fewer (checkpoint.keep_last)")
     return ok("disk", text)
+
+
+def _check_store(place: RemotePath) -> Finding:
+    try:
+        place.require_writable()
+    except StorageError as error:
+        return failed("disk", str(error), "mend that, or give another checkpoint.directory")
+    return ok("disk", f"{place} can be written to and read from")
 
 
 def check_data(plan: Plan) -> Finding:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megagpt.errors import LaunchError, MegagptError
 from megagpt.plan import RunConfig
+from megagpt.storage import Location, RemotePath, location
 from megagpt.supervise.beats import FOLDER, BeatFolder, Verdict
 
 RECORD = "restarts.jsonl"
@@ -34,9 +35,12 @@ class Start(BaseModel):
 
 def newest_step(run: RunConfig) -> int:
     """Step of the newest checkpoint, complete by the looks of it; 0 if there is none."""
-    directory = run.checkpoint.directory
-    folders = Path(directory).glob("step-*/manifest.json") if directory else []
-    return max((int(path.parent.name[5:]) for path in folders if path.parent.name[5:].isdigit()), default=0)
+    directory = location(run.checkpoint.directory) if run.checkpoint.directory else None
+    if directory is None or (isinstance(directory, Path) and not directory.is_dir()):
+        return 0
+    steps = {folder: folder.name[5:] for folder in directory.iterdir() if folder.name.startswith("step-")}
+    numbers = ((int(step), folder) for folder, step in steps.items() if step.isdigit())
+    return next((step for step, folder in sorted(numbers, reverse=True) if (folder / "manifest.sha256").exists()), 0)
 
 
 def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.environ) -> None:
@@ -52,16 +56,20 @@ def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.enviro
     """
     if run.checkpoint.directory is None:
         return
-    path, step = Path(run.checkpoint.directory) / RECORD, newest_step(run)
+    path, step = location(run.checkpoint.directory) / RECORD, newest_step(run)
     idle = _idle_starts(path, _chain(environ), step)
     if idle >= most_idle:
         raise LaunchError(
             f"{path}: the last {idle} starts of this job all began at step {step} and ended before they had saved "
             "anything more; look at what they printed, mend it and submit again"
         )
+    line = Start(job=_chain(environ), step=step, time=time.time()).model_dump_json() + "\n"
+    if isinstance(path, RemotePath):  # which cannot grow, but is replaced at once; one batch file writes it
+        path.write_bytes((path.read_bytes() if path.exists() else b"") + line.encode())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(Start(job=_chain(environ), step=step, time=time.time()).model_dump_json() + "\n")
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
 
@@ -88,7 +96,7 @@ def end(run: RunConfig, most_idle: int, status: int, environ: Mapping[str, str] 
     job = environ.get("SLURM_JOB_ID")
     if job is None or _ask("squeue", "--noheader", "--jobs", job, "--format=%T").strip() != "RUNNING":
         return status, "not started again: the job was cancelled, or is none of Slurm's"
-    idle = _idle_starts(Path(run.checkpoint.directory) / RECORD, _chain(environ), step)
+    idle = _idle_starts(location(run.checkpoint.directory) / RECORD, _chain(environ), step)
     if idle >= most_idle:
         return status or 1, f"not started again: {idle} starts in a row have not got beyond step {step:,}"
     bad = _bad_hosts(run, environ)
@@ -102,7 +110,7 @@ def _chain(environ: Mapping[str, str]) -> str:
     return environ.get("MEGAGPT_CHAIN") or environ.get("SLURM_JOB_ID") or "none"
 
 
-def _idle_starts(path: Path, chain: str, step: int) -> int:
+def _idle_starts(path: Location, chain: str, step: int) -> int:
     """How many of the last starts of this chain began where the run still is."""
     idle = 0
     for start in reversed(_starts(path)):
@@ -113,7 +121,7 @@ def _idle_starts(path: Path, chain: str, step: int) -> int:
     return idle
 
 
-def _starts(path: Path) -> list[Start]:
+def _starts(path: Location) -> list[Start]:
     starts = []
     if path.exists():
         for line in path.read_text(errors="replace").splitlines():
@@ -126,11 +134,13 @@ def _starts(path: Path) -> list[Start]:
 
 def _bad_hosts(run: RunConfig, environ: Mapping[str, str]) -> list[str]:
     """Hosts that the last verdict of this start holds responsible, if it is not all of them."""
-    parent = run.logging.directory or run.checkpoint.directory
-    assert parent is not None and run.checkpoint.directory is not None, "the caller has a checkpoint directory"
+    parent = run.shared_folder
+    if parent is None:
+        return []
+    assert run.checkpoint.directory is not None, "the caller has a checkpoint directory"
     verdicts = sorted(Path(parent).glob(f"{FOLDER}/*/"))
     verdict = BeatFolder(verdicts[-1]).verdict() if verdicts else None
-    starts = _starts(Path(run.checkpoint.directory) / RECORD)
+    starts = _starts(location(run.checkpoint.directory) / RECORD)
     is_old = verdict is None or not starts or verdicts[-1].stat().st_mtime < starts[-1].time
     if verdict is None or is_old or not _blames_host(verdict):
         return []

@@ -32,8 +32,8 @@ _OUT_OF_HOST_MEMORY = re.compile("can't allocate memory|Cannot allocate memory|b
 def watch(plan: Plan, ranks: Ranks) -> Iterator[Pulse]:
     """Watch all ranks while the block runs; collective. The block notes in the pulse what it does.
 
-    Without a folder of the run (logging.directory, checkpoint.directory) the ranks know nothing of each other, and only
-    errors are worded.
+    Without a folder of the run (logging.directory, or a local checkpoint.directory) the ranks know nothing of each
+    other, and only errors are worded.
 
     Raises:
         RankError: this rank has met an error of its own, has run out of memory, or has lost another one.
@@ -68,7 +68,7 @@ def place_of(ranks: Ranks) -> Place:
 
 def _folder(plan: Plan, ranks: Ranks) -> BeatFolder | None:
     """A folder for this start; rank 0 names and makes it."""
-    parent = plan.run.logging.directory or plan.run.checkpoint.directory
+    parent = plan.run.shared_folder
     if parent is None or ranks.world_size == 1:
         return None
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"

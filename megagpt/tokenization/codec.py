@@ -1,7 +1,11 @@
 """What each kind of tokenizer file provides; `Tokenizer` is what everything else uses."""
 
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
 
 from megagpt.errors import DataError
 
@@ -36,9 +40,23 @@ class Codec(Protocol):
         """
         ...
 
+    def encode_arrays(self, texts: list[str], threads: int) -> list[np.ndarray]:
+        """The same as an array of integers for each text, by the shortest way from the library into a file.
+
+        Raises:
+            Exception: as `encode_batch`.
+        """
+        ...
+
     def decode(self, ids: list[int]) -> str:
         """Text of ids inside the vocabulary."""
         ...
+
+
+def as_arrays(found: Iterable[list[int]]) -> list[np.ndarray]:
+    """Lists of ids as uint32 arrays."""
+    # array() takes a list in at twice the speed of numpy
+    return [np.frombuffer(array("I", ids), dtype=np.uint32) for ids in found]
 
 
 def special_id(text: str | None, role: str, ids: dict[str, int], where: object) -> int | None:

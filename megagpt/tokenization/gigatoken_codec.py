@@ -6,9 +6,11 @@ known to differ) go to the reference. Its cache of words grows without bound; it
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megagpt.errors import DataError
 from megagpt.tokenization.codec import Codec
@@ -33,45 +35,50 @@ class GigatokenCodec:
         self._content = content
         self._reference = reference
         self.vocab_size, self.special = reference.vocab_size, reference.special
-        # The first two characters of added tokens: one search for each of the few rules nearly all texts out.
-        self._starts = sorted({text[:2] for text in reference.added_texts})
+        self.knows_special_in_text = reference.knows_special_in_text
+        self._starts = _common_starts(reference.added_texts)
         self._since_check = 0
         self._renew()
 
-    def encode_batch(self, texts: list[str], threads: int) -> list[Any]:
-        """See `Codec`; ids are uint32 arrays.
+    def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
+        """See `Codec` and `encode_arrays`."""
+        return [ids.tolist() for ids in self.encode_arrays(texts, threads)]
+
+    def encode_arrays(self, texts: list[str], threads: int) -> list[np.ndarray]:
+        """See `Codec`.
 
         Raises:
             DataError: a document that was encoded twice came out differently.
         """
         if self._seen > _FEWEST_BYTES_BETWEEN_RENEWALS and _resident_bytes() > self._limit:
             self._renew()
-        found: list[Any] = []
-        for text in texts:
-            self._seen += len(text)
-            self._since_check += 1
-            if self._spells_added_token(text):
-                found += self._reference.encode_batch([text], threads)
-                continue
-            ids = self._encode(text)
-            if self._since_check >= _CHECK_EVERY:
-                self._since_check = 0
-                if ids.tolist() != self._reference.encode_batch([text], threads)[0]:
-                    raise DataError(
-                        f"gigatoken gives other tokens than the tokenizers library for the text {text[:60]!r}...;"
-                        " start again with --backend reference"
-                    )
-            found.append(ids)
+        left_out = self._that_spell_added_tokens(texts)
+        encode = self._encode
+        found = [encode(text) for text in texts] if not left_out else []
+        for at, text in enumerate(texts if left_out else ()):
+            found.append(self._reference.encode_arrays([text], threads)[0] if at in left_out else encode(text))
+        self._seen += sum(map(len, texts))
+        self._since_check += len(texts)
+        if self._since_check >= _CHECK_EVERY:
+            self._since_check = 0
+            self._compare(texts[-1], found[-1], threads)
         return found
+
+    def _compare(self, text: str, ids: np.ndarray, threads: int) -> None:
+        if ids.tolist() != self._reference.encode_batch([text], threads)[0]:
+            raise DataError(
+                f"gigatoken gives other tokens than the tokenizers library for the text {text[:60]!r}...;"
+                " start again with --backend reference"
+            )
 
     def decode(self, ids: list[int]) -> str:
         """See `Codec`."""
         return self._reference.decode(ids)
 
-    def _spells_added_token(self, text: str) -> bool:
-        return any(start in text for start in self._starts) and any(
-            token in text for token in self._reference.added_texts
-        )
+    def _that_spell_added_tokens(self, texts: list[str]) -> set[int]:
+        """Numbers of the texts in which an added token is spelt out."""
+        suspects = {at for start in self._starts for at, text in enumerate(texts) if start in text}
+        return {at for at in suspects if any(token in texts[at] for token in self._reference.added_texts)}
 
     def _renew(self) -> None:
         import gigatoken
@@ -80,6 +87,14 @@ class GigatokenCodec:
         self._encode = gigatoken.Tokenizer.from_json(self._content).backend.encode
         self._seen = 0
         self._limit = _resident_bytes() + _LARGEST_GROWTH_BYTES
+
+
+def _common_starts(tokens: Iterable[str]) -> list[str]:
+    """What tokens begin with, as long as possible (which is faster to look for), one for all that share two characters."""
+    groups: dict[str, list[str]] = {}
+    for token in tokens:
+        groups.setdefault(token[:2], []).append(token)
+    return sorted(os.path.commonprefix(group) for group in groups.values())
 
 
 def _resident_bytes() -> int:
@@ -100,7 +115,7 @@ def fast_codec(tokenizer: Tokenizer, probe: Sequence[str]) -> tuple[Codec | None
         return None, "its memory cannot be watched on this system"
     try:
         codec = GigatokenCodec(Path(tokenizer.path).read_bytes(), tokenizer.codec)
-        found = [list(ids) for ids in codec.encode_batch(list(probe), 1)]
+        found = codec.encode_batch(list(probe), 1)
     except ModuleNotFoundError:
         return None, "gigatoken is not installed (pip install 'megagpt[data]')"
     except Exception as error:  # the library raises its own

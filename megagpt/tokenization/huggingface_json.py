@@ -9,8 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megagpt.errors import DataError
-from megagpt.tokenization.codec import SpecialIds, special_id
+from megagpt.tokenization.codec import SpecialIds, as_arrays, special_id
 from megagpt.tokenization.declared import CONFIG_FILE, Declared
 
 # What ends a document where no file says so, if the vocabulary has exactly one of them.
@@ -58,6 +60,10 @@ class HuggingFaceCodec:
         """See `Codec`."""
         self._use_threads(threads)
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_arrays(self, texts: list[str], threads: int) -> list[np.ndarray]:
+        """See `Codec`."""
+        return as_arrays(self.encode_batch(texts, threads))
 
     def decode(self, ids: list[int]) -> str:
         """See `Codec`; special tokens give no text."""

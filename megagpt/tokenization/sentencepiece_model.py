@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import sentencepiece
+import numpy as np
 
 from megagpt.errors import DataError
-from megagpt.tokenization.codec import SpecialIds
+from megagpt.tokenization.codec import SpecialIds, as_arrays
 
 
 class SentencepieceCodec:
@@ -17,6 +17,8 @@ class SentencepieceCodec:
         Raises:
             DataError: it is not a sentencepiece model, is empty or has no end-of-sequence token.
         """
+        import sentencepiece  # not needed for other kinds
+
         processor = sentencepiece.SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(model)
@@ -29,6 +31,7 @@ class SentencepieceCodec:
                 f"{path} has no end-of-sequence token (</s>), which ends documents; train it with eos_id >= 0"
             )
         self._processor = processor
+        self._gives_arrays = hasattr(processor, "EncodeAsNumpy")  # since 0.2.2
         self.vocab_size: int = processor.get_piece_size()
         controls = [i for i in range(self.vocab_size) if processor.is_control(i)]
         self.special = SpecialIds(
@@ -42,6 +45,12 @@ class SentencepieceCodec:
     def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
         """See `Codec`."""
         return self._processor.encode(texts, out_type=int, num_threads=threads)
+
+    def encode_arrays(self, texts: list[str], threads: int) -> list[np.ndarray]:
+        """See `Codec`."""
+        if not self._gives_arrays:
+            return as_arrays(self.encode_batch(texts, threads))
+        return self._processor.encode(texts, out_type="numpy", num_threads=threads)
 
     def decode(self, ids: list[int]) -> str:
         """See `Codec`; control pieces give no text."""

@@ -10,8 +10,10 @@ import binascii
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megagpt.errors import DataError
-from megagpt.tokenization.codec import SpecialIds, special_id
+from megagpt.tokenization.codec import SpecialIds, as_arrays, special_id
 from megagpt.tokenization.declared import CONFIG_FILE, Declared
 
 _END = "<|endoftext|>"
@@ -92,6 +94,10 @@ class TiktokenCodec:
         if threads == 1:
             return [self._encoding.encode_ordinary(text) for text in texts]
         return self._encoding.encode_ordinary_batch(texts, num_threads=threads)
+
+    def encode_arrays(self, texts: list[str], threads: int) -> list[np.ndarray]:
+        """See `Codec`."""
+        return as_arrays(self.encode_batch(texts, threads))
 
     def decode(self, ids: list[int]) -> str:
         """See `Codec`; special tokens give no text, nor do ids that stand for none."""

@@ -186,7 +186,7 @@ def bench(plan: Plan, rounds: int, folder: Path) -> int:
     )
     if value > STALL_GOAL:
         missed.append("save")
-    checkpoint = list_checkpoints(folder / "checkpoints")[0]
+    checkpoint = Path(str(list_checkpoints(folder / "checkpoints")[0]))
     for name, cold in (("disk", True), ("page cache", False)):
         with contextlib.redirect_stdout(None):
             restores = measure_restores(checkpoints, checkpoint, rounds, cold)
