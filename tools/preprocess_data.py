@@ -42,8 +42,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--special-tokens-in-text",
         action="store_true",
-        help="special tokens that a text spells out, as those of a chat format, mean themselves (those of tokenizer.json "
-        "do so anyway); for text of your own making only",
+        help="special tokens that a text spells out, as those of a chat format, mean themselves (those of "
+        "tokenizer.json do so anyway); for text of your own making only",
     )
     parser.add_argument(
         "--min-length",

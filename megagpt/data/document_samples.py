@@ -75,7 +75,9 @@ class DocumentStream:
         self._seq_length, self._seed, self._shuffle = seq_length, seed, shuffle
         self._vocab_size, self._marking = vocab_size, marking
         self._before_group = self._count() if cut else None
-        self._num_samples = int(self._before_group[-1]) if self._before_group is not None else self._behind - self._first
+        self._num_samples = (
+            int(self._before_group[-1]) if self._before_group is not None else self._behind - self._first
+        )
         if self._num_samples == 0:
             raise DataError(f"{dataset.prefix} has no document of at least two tokens here; give more text")
 
@@ -149,9 +151,7 @@ class DocumentStream:
         assert self._before_group is not None, "pieces are counted"
         group = int(np.searchsorted(self._before_group, position, side="right")) - 1
         first = self._first + group * _GROUP
-        behind_each = np.cumsum(
-            self._pieces(self.dataset.document_lengths(first, min(first + _GROUP, self._behind)))
-        )
+        behind_each = np.cumsum(self._pieces(self.dataset.document_lengths(first, min(first + _GROUP, self._behind))))
         left = position - int(self._before_group[group])
         row = int(np.searchsorted(behind_each, left, side="right"))
         return first + row, left - (int(behind_each[row - 1]) if row else 0)

@@ -5,6 +5,7 @@ Everything is computed here and told as text; `inspection_page` draws it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -177,7 +178,11 @@ def decoded_documents(prefix: str | Path, tokenizer: Tokenizer, count: int, char
 
 
 def decoded_sample(
-    dataset: IndexedDataset, stream: SampleStream | DocumentStream, index: int, tokenizer: Tokenizer, characters: int = 600
+    dataset: IndexedDataset,
+    stream: SampleStream | DocumentStream,
+    index: int,
+    tokenizer: Tokenizer,
+    characters: int = 600,
 ) -> Iterator[str]:
     """Text of the sample that a run sees after `index` others, with its place, the borders of documents in it, what is
     learnt of it and its padding."""
@@ -223,8 +228,7 @@ def _with_borders(
     if tells_learnt:
         turns[0], turns[1:] = True, sample.learnt[1:] != sample.learnt[:-1]
     shown: list[str] = []
-    cuts = [0, *np.flatnonzero((borders | turns) & real)[:].tolist(), int(real.sum())]
-    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for begin, end in pairwise([0, *np.flatnonzero((borders | turns) & real).tolist(), int(real.sum())]):
         if begin == end:
             continue
         shown += [BORDER] if borders[begin] else []

@@ -68,7 +68,7 @@ class Spans:
         return states[np.searchsorted(places, np.arange(len(context), len(text)), side="right")]
 
     def _changes(self, text: np.ndarray, eod_id: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Where spans begin (True) and where they are over (False), in order; of several at one place the last holds."""
+        """Where spans begin (True) and end (False), in order; of several at one place the last one holds."""
         found = [(find(text, self.start), True)]
         if self.end is not None:
             found.insert(0, (find(text, self.end), False))

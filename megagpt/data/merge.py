@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+
 import numpy as np
 import xxhash
 

@@ -108,4 +108,4 @@ class Prefetched:
     def _prepared(self, batch: MicroBatch) -> MicroBatch:
         if not self._pins:
             return batch
-        return MicroBatch(*(None if part is None else part.pin_memory() for part in batch))
+        return MicroBatch._make(None if part is None else part.pin_memory() for part in batch)

@@ -41,8 +41,8 @@ def pattern_of(key: str, text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
         if like not in tokenizer.special_tokens:
             known = ", ".join(tokenizer.special_tokens) or "none"
             raise DataError(
-                f"data.loss_spans.{key}={text!r}: {like} is no special token of {tokenizer.path} (it has {known}); name "
-                "one of these, or train a tokenizer with it (--special-tokens)"
+                f"data.loss_spans.{key}={text!r}: {like} is no special token of {tokenizer.path} (it has {known}); "
+                "name one of these, or train a tokenizer with it (--special-tokens)"
             )
     found = tuple(tokenizer.encode_with_special(text))
     if not found:

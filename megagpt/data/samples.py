@@ -186,7 +186,7 @@ def read_tokens(dataset: TokenSource, start: int, stop: int, vocab_size: int | N
     if vocab_size is not None and len(tokens) and int(tokens.view(np.uint64).max()) >= vocab_size:
         row = int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])
         raise DataError(
-            f"{dataset.prefix}: token number {start + row} is {tokens[row]}, outside model.vocab_size={vocab_size}; set "
-            "model.vocab_size to the tokenizer's or rebuild the dataset"
+            f"{dataset.prefix}: token number {start + row} is {tokens[row]}, outside model.vocab_size={vocab_size}; "
+            "set model.vocab_size to the tokenizer's or rebuild the dataset"
         )
     return tokens

@@ -36,6 +36,7 @@ from megagpt.parallel.ranks import Ranks
 from megagpt.plan import Plan
 from megagpt.supervise.pulse import Phase, Pulse
 
+
 @dataclass(frozen=True)
 class StepResult:
     """What one update gives, on the device."""
@@ -84,7 +85,7 @@ class Engine:
         self._loss_scaler = own_loss_scaler(wrapped.optimizer)
         self._guard = UpdateGuard(optimizer, wrapped.optimizer, ranks, judge)
         if self._is_pipeline:
-            before_forward_passes(wrapped, module.feed.enter_forward)
+            before_forward_passes(wrapped, self._module.feed.enter_forward)
             tell_phases(wrapped, self.pulse)
 
     def train_step(
@@ -242,8 +243,8 @@ class Engine:
         return prepare(batch, self.plan.run.data, ranks.device, ranks.context_rank, ranks.context_size)
 
     def _mean_over_replicas(self, value: Tensor) -> Tensor:
-        # Parts of a sequence are equally long, so the mean over context-parallel ranks is the mean over positions; where
-        # some are not learnt, all ranks divide by the same number.
+        # Parts of a sequence are equally long, so the mean over context-parallel ranks is the mean over positions;
+        # where some are not learnt, all ranks have divided by the same number.
         if self.ranks.gradient_size > 1:
             dist.all_reduce(value, group=self.ranks.gradient_group)
             value /= self.ranks.gradient_size

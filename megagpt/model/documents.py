@@ -5,9 +5,11 @@ rank, G its key/value heads, D channels per head, T = B S tokens.
 """
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,12 +144,11 @@ def _kernel_of_runs() -> Callable[..., Tensor] | None:
     """torch's FlashAttention for sequences of various lengths, where it can do windows and grouped heads."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
-    import inspect
-
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= set(known) else None
+    kernel: Callable[..., Any] = varlen_attn
+    return kernel if {"scale", "window_size", "enable_gqa"} <= set(known) else None
 
 
 def _attend_at_once(

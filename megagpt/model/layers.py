@@ -228,9 +228,7 @@ class TiedHead(nn.Module):
         self.word_embeddings = word_embeddings
         self.projection = Head(config, plan, has_weight=False)
 
-    def forward(
-        self, hidden_SBH: Tensor, labels_BS: Tensor | None = None, loss_tokens: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, hidden_SBH: Tensor, labels_BS: Tensor | None = None, loss_tokens: Tensor | None = None) -> Tensor:
         """As `Head`."""
         return self.projection(hidden_SBH, self.word_embeddings.weight, labels_BS, loss_tokens)
 

@@ -7,6 +7,7 @@ not touched, and no step waits for it.
 import itertools
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,7 +98,7 @@ class _SideGroup:
 
     def __init__(self, name: str, members: Sequence[int], rank: int):
         store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
-        self._group = dist.ProcessGroupGloo(store, members.index(rank), len(members), _TIMEOUT)
+        self._group: Any = dist.ProcessGroupGloo(store, members.index(rank), len(members), _TIMEOUT)
 
     def broadcast(self, tensor: Tensor) -> None:
         """The first member's tensor."""

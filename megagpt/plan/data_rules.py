@@ -85,14 +85,14 @@ def _check_sample_options(data: DataConfig) -> list[str]:
     problems = []
     if resets and data.packing != "stream":
         problems.append(
-            f"data.packing={data.packing} puts one document into each sample, in which there is nothing to reset; remove "
-            f"{' and '.join(f'data.{key}' for key in resets)}"
+            f"data.packing={data.packing} puts one document into each sample, in which there is nothing to reset; "
+            f"remove {' and '.join(f'data.{key}' for key in resets)}"
         )
     needs = [*resets, *(["loss_spans"] if data.loss_spans else [])]
     if needs and data.tokenizer is None and (data.prefix or data.datasets):
         problems.append(
-            f"{' and '.join(f'data.{key}' for key in needs)} must know the tokens that end documents and mark spans; set "
-            "data.tokenizer"
+            f"{' and '.join(f'data.{key}' for key in needs)} must know the tokens that end documents and mark spans; "
+            "set data.tokenizer"
         )
     if data.fill_in_middle is not None and data.packing != "stream":
         problems.append(

@@ -94,8 +94,8 @@ def _check_padding(run: RunConfig) -> list[str]:
     if run.model.moe_z_loss_coeff == 0 or run.data.packing == "stream" or not splits:
         return []
     return [
-        f"model.moe_z_loss_coeff={run.model.moe_z_loss_coeff:g} with data.packing={run.data.packing} would depend on how "
-        "sequence or context parallelism cuts the padding; use packing: stream with reset_attention_mask, set "
+        f"model.moe_z_loss_coeff={run.model.moe_z_loss_coeff:g} with data.packing={run.data.packing} would depend on "
+        "how sequence or context parallelism cuts the padding; use packing: stream with reset_attention_mask, set "
         "moe_z_loss_coeff to 0, or do without both kinds of parallelism"
     ]
 

@@ -144,9 +144,7 @@ def sample_stream(plan: Plan) -> Samples:
     spans = None if data.loss_spans is None else Spans((start,), (end,))
     if data.packing != "stream":
         marking = Marking(None, False, spans)
-        return DocumentStream(
-            source, (0, 4 * samples), length, seed, cut=data.packing == "cut", marking=marking
-        )
+        return DocumentStream(source, (0, 4 * samples), length, seed, cut=data.packing == "cut", marking=marking)
     marking = Marking(eod_id, data.eod_mask_loss, spans)
     return SampleStream(source, (0, samples * length + 1), length, seed, marking=marking)
 
@@ -317,7 +315,7 @@ def _add_gradients(parameters: list[nn.Parameter], masters: list[nn.Parameter], 
 
 
 def _batches(plan: Plan, ranks: Ranks | None = None) -> Iterator[MicroBatch]:
-    """A data-parallel rank's micro-batches, from the first sample on, read by each rank itself; None: the only rank's."""
+    """A data-parallel rank's micro-batches, from the first sample on, read by each rank itself; None: of one rank."""
 
     def sum_over_replicas(number: int) -> int:
         total = torch.tensor(number, device=ranks.device) if ranks is not None else torch.tensor(number)

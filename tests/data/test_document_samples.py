@@ -1,5 +1,7 @@
 """Samples of one document each: every token of an epoch once, whatever the sizes, and nothing but the document."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -55,7 +57,7 @@ def test_an_epoch_predicts_every_token_of_every_document_once(lengths, seq_lengt
         samples = [stream.marked(epoch * len(stream) + i) for i in range(len(stream))]
         places = [stream.place(epoch * len(stream) + i) for i in range(len(stream))]
     predicted = np.concatenate([sample.tokens[1:][sample.learnt[1:]] for sample in samples])
-    behind_first = [np.arange(a + 1, b) for a, b in zip(source.offsets[skipped:-1], source.offsets[skipped + 1 :])]
+    behind_first = [np.arange(a + 1, b) for a, b in pairwise(source.offsets[skipped:])]
     assert sorted(predicted.tolist()) == np.concatenate(behind_first).tolist()
     for sample, (document, start, stop) in zip(samples, places, strict=True):
         real = sample.places != PADDING
@@ -120,5 +122,5 @@ def test_lengths_of_documents_in_files(tmp_path):
     stream = DocumentStream(dataset, (0, 7), 4, seed=0, vocab_size=18)
     assert len(stream) == 1 + 1 + 2
     DocumentStream(dataset, (0, 7), 4, seed=0, vocab_size=18, shuffle=False).sample(3)
-    with pytest.raises(DataError, match="token number 17 is 17, outside model.vocab_size=17"):
+    with pytest.raises(DataError, match=r"token number 17 is 17, outside model\.vocab_size=17"):
         DocumentStream(dataset, (0, 7), 4, seed=0, vocab_size=17, shuffle=False).sample(3)

@@ -134,9 +134,14 @@ def test_an_evaluation_is_one_mean_over_all_that_is_learnt():
     stream = uneven_stream()
     batches = list(
         eval_batches(
-            stream, num_batches=4, global_batch_size=8, microbatch_size=4, data_parallel_rank=0, data_parallel_size=1,
+            stream,
+            num_batches=4,
+            global_batch_size=8,
+            microbatch_size=4,
+            data_parallel_rank=0,
+            data_parallel_size=1,
             marks=Marks(loss=True),
-        )  # fmt: skip
+        )
     )
     learnt = sum(int(stream.marked(i).learnt[1:].sum()) for i in range(32))
     assert len(batches) == 8
@@ -147,9 +152,14 @@ def test_a_step_with_nothing_to_learn_has_a_loss_of_zero():
     stream = stream_of([1] * 9, Marking(EOD, spans=Spans((2,), None)))
     batch = next(
         train_batches(
-            stream, first_sample=0, global_batch_size=2, microbatch_size=2, data_parallel_rank=0, data_parallel_size=1,
+            stream,
+            first_sample=0,
+            global_batch_size=2,
+            microbatch_size=2,
+            data_parallel_rank=0,
+            data_parallel_size=1,
             marks=Marks(loss=True),
-        )  # fmt: skip
+        )
     )
     assert (batch.labels_BS == NOT_LEARNT).all()
     assert float(batch.loss_tokens) == 1

@@ -29,7 +29,8 @@ CHATS = [
 def chat_text(turns):
     """ChatML."""
     return "".join(
-        f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n" for question, answer in turns
+        f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+        for question, answer in turns
     )
 
 
@@ -83,7 +84,7 @@ def test_chat_tokens_mean_themselves_only_if_asked_for(folder, tokenizer):
     assert tokenizer.decode(plain) == chat_text(CHATS[5]), "plain text, spelt with ordinary tokens"
     kept = json.loads(manifest_path(folder / "chats").read_text())
     assert kept["special_tokens_in_text"] is True
-    with pytest.raises(DataError, match="was made differently .*special_tokens_in_text: True before, False now"):
+    with pytest.raises(DataError, match=r"was made differently .*special_tokens_in_text: True before, False now"):
         preprocess([folder / "chats.jsonl"], folder / "chats", folder / "t.model")
 
 
@@ -137,9 +138,21 @@ def test_validation_is_marked_like_training(folder):
 @pytest.mark.parametrize(
     ("prefix", "options", "words"),
     [
-        ("chats", {"loss_spans": {"start": "<|bot|>"}}, r"<\|bot\|> is no special token of .*t.model \(it has .*<\|im_end\|>"),
-        ("plain", {"loss_spans": SPANS}, "plain: data.loss_spans finds nothing to learn in .* samples: .*--special-tokens"),
-        ("no_end", {"reset_attention_mask": True}, "no_end: documents do not end .* data.reset_attention_mask would know"),
+        (
+            "chats",
+            {"loss_spans": {"start": "<|bot|>"}},
+            r"<\|bot\|> is no special token of .*t.model \(it has .*<\|im_end\|>",
+        ),
+        (
+            "plain",
+            {"loss_spans": SPANS},
+            "plain: data.loss_spans finds nothing to learn in .* samples: .*--special-tokens",
+        ),
+        (
+            "no_end",
+            {"reset_attention_mask": True},
+            "no_end: documents do not end .* data.reset_attention_mask would know",
+        ),
         ("no_end", {"loss_spans": SPANS}, "no_end: documents do not end with the end-of-document token"),
     ],
 )

@@ -76,28 +76,28 @@ def supplied(plans):
 def expected(plan, data_rank):
     """The same, read by one process for all data-parallel ranks together."""
 
-    def batches(rank, first, function, sum_over_ranks, **options):
+    def batches(rank, function, sum_over_ranks, **options):
         data = plan.run.data
         return function(
             stream(), global_batch_size=8, microbatch_size=2, data_parallel_rank=rank,
-            data_parallel_size=plan.data_parallel_size, marks=Marks(data.marks_documents, data.masks_loss, sum_over_ranks),
-            **options,
+            data_parallel_size=plan.data_parallel_size,
+            marks=Marks(data.marks_documents, data.masks_loss, sum_over_ranks), **options,
         )  # fmt: skip
 
-    def take(first, count, function, **options):
+    def take(count, function, **options):
         counts = [[] for _ in range(plan.data_parallel_size)]
         for rank, own in enumerate(counts):
-            for _ in zip(range(count), batches(rank, first, function, lambda n, own=own: own.append(n) or n, **options)):
+            for _ in zip(range(count), batches(rank, function, lambda n, own=own: own.append(n) or n, **options)):
                 pass
         totals = iter([sum(step) for step in zip(*counts, strict=True)])
-        found = batches(data_rank, first, function, lambda _: next(totals), **options)
+        found = batches(data_rank, function, lambda _: next(totals), **options)
         return [shown(batch) for batch, _ in zip(found, range(count), strict=False)]
 
     rounds = 2 * 8 // 2 // plan.data_parallel_size
     return [
-        *take(8, 5, train_batches, first_sample=8),
-        *take(0, rounds, eval_batches, num_batches=2),
-        *take(40, 3, train_batches, first_sample=40),
+        *take(5, train_batches, first_sample=8),
+        *take(rounds, eval_batches, num_batches=2),
+        *take(3, train_batches, first_sample=40),
     ]
 
 

@@ -88,7 +88,9 @@ def losses_of(model, tokens_S, labels_S):
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2", "gemma", "qwen3"])
-@pytest.mark.parametrize("data", [RESET, {"packing": "cut"}, {"packing": "cut", **SPANS}], ids=["apart", "cut", "spans"])
+@pytest.mark.parametrize(
+    "data", [RESET, {"packing": "cut"}, {"packing": "cut", **SPANS}], ids=["apart", "cut", "spans"]
+)
 @in_own_process
 def test_documents_of_a_sample_are_computed_as_if_alone(model, data):
     """Loss and gradients of a micro-batch are those of its documents, run one by one without padding."""
@@ -125,7 +127,9 @@ def test_the_loss_is_the_mean_over_what_is_learnt():
     assert len(set(learnt)) > 1
     found = sum(float(model(*prepared)) for _, prepared in batches) / len(batches)
     sums = [
-        float(losses_of(model, *row)) for batch, _ in batches for row in zip(batch.tokens_BS, batch.labels_BS, strict=True)
+        float(losses_of(model, *row))
+        for batch, _ in batches
+        for row in zip(batch.tokens_BS, batch.labels_BS, strict=True)
     ]
     assert found == pytest.approx(sum(sums) / sum(learnt), rel=1e-5)
 

@@ -1,5 +1,6 @@
 """Sample options that do not go together, and which ranks need samples and read them."""
 
+import itertools
 import re
 
 import pytest
@@ -26,7 +27,10 @@ def problems_of(data, model="llama", **options):
             "data.packing=cut puts one document into each sample, in which there is nothing to reset; remove "
             "data.reset_attention_mask and data.eod_mask_loss",
         ),
-        ({"prefix": "data", "reset_position_ids": True}, "data.reset_position_ids must know the tokens .*; set data.tokenizer"),
+        (
+            {"prefix": "data", "reset_position_ids": True},
+            "data.reset_position_ids must know the tokens .*; set data.tokenizer",
+        ),
         ({"prefix": "data", **SPANS}, "data.loss_spans must know the tokens .* set data.tokenizer"),
         ({**FILES, "packing": "truncate", **FILL}, "needs room for its tokens, which data.packing=truncate does not"),
         ({**FILES, **SPANS, **FILL}, "data.fill_in_middle moves parts .* remove one of them"),
@@ -68,4 +72,4 @@ def test_ranks_that_need_samples():
 def test_the_layout_of_replicas_is_that_of_the_process_groups():
     plan = small_plan("llama", tp=2, cp=2, pp=2, dp=2)
     replicas = [plan.sample_ranks(data_rank) for data_rank in range(2)]
-    assert sorted(sum(replicas, [])) == list(range(16))
+    assert sorted(itertools.chain(*replicas)) == list(range(16))
