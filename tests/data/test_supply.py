@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -87,8 +88,8 @@ def expected(plan, data_rank):
     def take(count, function, **options):
         counts = [[] for _ in range(plan.data_parallel_size)]
         for rank, own in enumerate(counts):
-            for _ in zip(range(count), batches(rank, function, lambda n, own=own: own.append(n) or n, **options)):
-                pass
+            told = batches(rank, function, lambda n, own=own: own.append(n) or n, **options)
+            list(islice(told, count))
         totals = iter([sum(step) for step in zip(*counts, strict=True)])
         found = batches(data_rank, function, lambda _: next(totals), **options)
         return [shown(batch) for batch, _ in zip(found, range(count), strict=False)]
