@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from megagpt.data.document_lengths import DocumentLengths
 from megagpt.errors import DataError
 from megagpt.storage.local import publish, temporary_name
 
@@ -232,7 +233,7 @@ def _sync_and_close(file) -> None:
     file.close()
 
 
-class IndexedDataset:
+class IndexedDataset(DocumentLengths):
     """Memory-mapped tokens and index of one prefix, checked on opening.
 
     Attributes:
@@ -300,24 +301,6 @@ class IndexedDataset:
                 f"{self._idx}: sequence {row} starts at byte {found}, expected {expected} from the one before; {_FIX}"
             )
         return found // self.dtype.itemsize
-
-    def document_lengths(self, first: int, behind: int) -> np.ndarray:
-        """Tokens of documents `first` to `behind` - 1: int64 [behind - first].
-
-        Raises:
-            IndexError: there are no such documents.
-            DataError: a document ends before it starts.
-        """
-        if not 0 <= first <= behind <= self.num_documents:
-            raise IndexError(f"documents {first} to {behind} are outside the {self.num_documents} of {self.prefix}")
-        rows = np.asarray(self._documents[first : behind + 1])
-        if len(rows) > 1 and (np.diff(rows).min() < 0 or rows[0] < 0 or rows[-1] > len(self._lengths)):
-            raise DataError(f"{self._idx}: a document from {first} on ends before it starts, or behind the end; {_FIX}")
-        behind_each = np.concatenate([[0], np.cumsum(self._lengths[rows[0] : rows[-1]], dtype=np.int64)])
-        lengths = np.diff(behind_each[rows - rows[0]])
-        if len(lengths) and lengths.min() < 0:
-            raise DataError(f"{self._idx}: document {first + int(lengths.argmin())} has less than no token; {_FIX}")
-        return lengths
 
     def document(self, index: int) -> np.ndarray:
         """Tokens of one document, in the type on disk, [tokens of the document]; a read-only view.

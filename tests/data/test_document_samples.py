@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.data import document_samples
@@ -35,6 +35,7 @@ class Numbered:
 LENGTHS = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 60)), min_size=1, max_size=80)
 
 
+@settings(deadline=None)
 @given(
     lengths=LENGTHS,
     seq_length=st.integers(1, 40),
@@ -69,6 +70,7 @@ def test_an_epoch_predicts_every_token_of_every_document_once(lengths, seq_lengt
         assert len(sample.tokens) == len(sample.places) == len(sample.learnt) == seq_length + 1
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, seq_length=st.integers(1, 40), seed=st.integers(0, 2**64))
 def test_truncated_documents_give_one_sample_each(lengths, seq_length, seed):
     source = Numbered(lengths)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.data.loader import NOT_LEARNT, Marks, eval_batches, train_batches
@@ -57,6 +57,7 @@ def by_hand(tokens, start, end):
 PATTERN = st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple)
 
 
+@settings(deadline=None)
 @given(
     tokens=st.lists(st.integers(0, 3), min_size=9, max_size=120),
     start=PATTERN,
