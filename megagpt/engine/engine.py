@@ -22,7 +22,7 @@ from megagpt.engine.fragments import Fragment, local_fragments
 from megagpt.engine.guard import Check, Judge, UpdateGuard
 from megagpt.engine.loss_scale import own_loss_scaler
 from megagpt.engine.phases import before_forward_passes, tell_phases
-from megagpt.engine.pipeline import pipeline_module
+from megagpt.engine.pipeline import PlannedPipeline, pipeline_module
 from megagpt.errors import ConfigError
 from megagpt.model import (
     GPT,
@@ -84,8 +84,8 @@ class Engine:
         self._is_pipeline = isinstance(module, PipelineModule)
         self._loss_scaler = own_loss_scaler(wrapped.optimizer)
         self._guard = UpdateGuard(optimizer, wrapped.optimizer, ranks, judge)
-        if self._is_pipeline:
-            before_forward_passes(wrapped, self._module.feed.enter_forward)
+        if isinstance(module, PlannedPipeline):
+            before_forward_passes(wrapped, module.feed.enter_forward)
             tell_phases(wrapped, self.pulse)
 
     def train_step(

@@ -80,10 +80,13 @@ class _TiedGradient:
         return self.weight._hp_grad
 
 
-class _PlannedPipeline(PipelineModule):
+class PlannedPipeline(PipelineModule):
     """PipelineModule with the Plan's stage bounds in place of DeepSpeed's own partitioning, and with tied gradients
     where ZeRO 1 keeps them: if it accumulates in another type than the weights', `weight.grad` is None, and the engine
     would silently sum nothing."""
+
+    feed: Feed
+    """Gives the stage its micro-batches."""
 
     def get_tied_weights_and_groups(self) -> list[tuple[_TiedGradient, Any]]:
         return [(_TiedGradient(weight), group) for weight, group in super().get_tied_weights_and_groups()]
@@ -93,7 +96,7 @@ class _PlannedPipeline(PipelineModule):
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
 
-def pipeline_module(plan: Plan) -> PipelineModule:
+def pipeline_module(plan: Plan) -> PlannedPipeline:
     """This rank's stage of the model."""
     # Megatron-Core's rank order: tensor parallel fastest, then context and data parallel (one axis to DeepSpeed),
     # pipeline slowest.
@@ -101,7 +104,7 @@ def pipeline_module(plan: Plan) -> PipelineModule:
         axes=["pipe", "data", "model"],
         dims=[plan.pipeline_parallel_size, plan.gradient_parallel_size, plan.tensor_parallel_size],
     )
-    module = _PlannedPipeline(
+    module = PlannedPipeline(
         layers=[_layer_spec(layer) for layer in pipeline_layers(plan)],
         topology=topology,
         partition_method=",".join(map(str, plan.stage_bounds)),
