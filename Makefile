@@ -26,7 +26,7 @@ lint: $(INSTALLED) ## Check style, types and the layers' import contracts
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck slurm/*.sbatch .ci/run tests/cluster/cluster.sh
+	$(BIN)/shellcheck slurm/*.sbatch slurm/*.sh .ci/run tests/cluster/cluster.sh
 
 format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix

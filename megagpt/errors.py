@@ -61,9 +61,18 @@ class RankError(TrainingError):
 
 
 class UnreliableError(TrainingError):
-    """A device or a transfer has erred silently; started again elsewhere, the run may well go on."""
+    """A device or a transfer has erred silently; started again elsewhere, the run may well go on.
+
+    Args:
+        text: what was found.
+        suspects: hosts by the ranks that it was found on, if that is known.
+    """
 
     exit_code = 75
+
+    def __init__(self, text: str, suspects: dict[int, str] | None = None):
+        super().__init__(text)
+        self.suspects = suspects or {}
 
 
 class ConversionError(MegagptError):

@@ -15,6 +15,7 @@ from megagpt.convert.writer import Export, write_hf_folder
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import ConversionError
 from megagpt.generate import open_checkpoint, single_process_plan, tokenizer_path
+from megagpt.host_tensors import MemoryPool, one_thread
 from megagpt.layerwise import LayerwiseGPT
 from megagpt.parallel.cpu_memory import return_freed_memory
 from megagpt.parallel.ranks import start_single_process
@@ -72,21 +73,22 @@ def export_checkpoint(
     chosen = tokenizer_path(reader, tokenizer)
     if tokenizer is not None and run.data.tokenizer is not None:
         _require_size(Tokenizer.load(tokenizer), run.model.vocab_size)
-    return write_hf_folder(
-        output,
-        run.model,
-        reader.full,
-        reader.names,
-        chosen,
-        dtype,
-        max_shard_bytes,
-        card=facts,
-        overwrite=overwrite,
-        read_rows=reader.vocabulary_rows,
-        certify=lambda folder: certify(folder, reader, dtype),
-        family=None if family is None else _family(family, reader),
-        workers=workers,
-    )
+    with one_thread():
+        return write_hf_folder(
+            output,
+            run.model,
+            reader.stored,
+            reader.names,
+            chosen,
+            dtype,
+            max_shard_bytes,
+            card=facts,
+            overwrite=overwrite,
+            read_rows=reader.stored_rows,
+            certify=lambda folder: certify(folder, reader, dtype),
+            family=None if family is None else _family(family, reader),
+            workers=workers,
+        )
 
 
 def certify(folder: Path, reader: CheckpointReader, dtype: Dtype) -> Certificate:
@@ -105,12 +107,13 @@ def certify(folder: Path, reader: CheckpointReader, dtype: Dtype) -> Certificate
     tokens_BS, trained_BPV = tokens_BS[:, :positions], trained_BPV[:, :positions]
     ranks = start_single_process()
     return_freed_memory()
+    memory = MemoryPool()
     # Compare what was stored, not what rounding made of it.
-    ours = LayerwiseGPT(single_process_plan(reader), reader, TORCH_DTYPES[dtype], ranks.device)
+    ours = LayerwiseGPT(single_process_plan(reader), reader, TORCH_DTYPES[dtype], ranks.device, memory)
     coarser = RELATIVE_TOLERANCE[dtype] if dtype != "float32" else 0.0
     tolerance = max(reader.manifest.probe_tolerance, coarser) * max(1.0, float(trained_BPV.abs().max()))
     with quiet_transformers():
-        theirs = LayerwiseTransformer(folder)
+        theirs = LayerwiseTransformer(folder, memory)
         logits_BPV = theirs.logits(tokens_BS)
         comparisons = {
             AGAINST_MODEL: report_logits(logits_BPV, ours.logits(tokens_BS)),

@@ -29,6 +29,7 @@ from megagpt.convert.canonical import canonical_shapes
 from megagpt.convert.safetensors_stream import is_finite
 from megagpt.convert.writer import BLOCK_BYTES
 from megagpt.errors import ConversionError, StorageError
+from megagpt.host_tensors import MemoryPool, one_thread
 from megagpt.layerwise import LayerwiseGPT
 from megagpt.model.partition import partition_of
 from megagpt.parallel.cpu_memory import return_freed_memory
@@ -65,7 +66,7 @@ def import_checkpoint(
 ) -> Import:
     """Write a checkpoint of step 0, from which a run of any layout goes on, and a run config that names it.
 
-    Weights become fp32, as in every checkpoint; nothing is lost.
+    Weights keep the type of their files.
 
     Args:
         folder: a Hugging Face folder.
@@ -87,10 +88,9 @@ def import_checkpoint(
         tokenizer = str((folder / "tokenizer.json").absolute())
     plan = _plan(folder, output, vocab_size, tokenizer)
     weights = open_pretrained(str(folder), plan.model, allow_pickle)
-    if isinstance(output, RemotePath):
-        size = _write_remote(output, weights, plan)
-    else:
-        size = _write_local(output, weights, plan)
+    with one_thread():
+        write = _write_remote if isinstance(output, RemotePath) else _write_local
+        size = write(output, weights, plan)
     parameters = sum(prod(shape) for shape in canonical_shapes(plan.model).values())
     return Import(output / CONFIG, output / STEP, weights.weights.family.name, parameters, size, weights.notes)
 
@@ -189,8 +189,8 @@ def _write_checkpoint(step: Location, weights: PretrainedWeights, plan: Plan) ->
 def _write_weights(
     step: Location, weights: PretrainedWeights, plan: Plan
 ) -> tuple[dict[str, Parameter], dict[str, File]]:
-    """Write the weights in fp32. Tables of tokens are cut, each part into a file of its own, so that memory never holds
-    the whole of one.
+    """Write the weights in the types that they have. Tables of tokens are cut, each part into a file of its own, so
+    that memory never holds the whole of one.
 
     Raises:
         ConversionError: a weight is not finite, or a file cannot be read.
@@ -210,23 +210,49 @@ def _write_weights(
             pieces.append(Piece(file=_file(number), tensor_rank=0, start=first * row, stop=last * row))
         parameters[name] = Parameter(shape=shape, pieces=tuple(pieces))
 
-    files = {}
+    files, parts = {}, _Parts(weights)
     for number, wanted in enumerate(spans):
+        kinds = {entry: parts.kind(_name(entry), *rows) for entry, rows in wanted.items()}
 
         def make(entry: str, wanted: dict[str, tuple[int, int]] = wanted) -> Tensor:
-            name = entry.removeprefix("weight/")
-            is_table = partition_of(name, plan.model.is_gated).vocabulary
-            part = weights.vocabulary_rows(name, *wanted[entry]) if is_table else weights.full(name)
-            if not is_finite(part):
-                raise ConversionError(f"{weights.weights.folder}: {name} has values that are not finite")
-            return part.float().flatten()
+            return parts.read(_name(entry), *wanted[entry])
 
-        kinds = {
-            entry: torch.empty((last - first) * prod(canonical_shapes(plan.model)[entry[7:]][1:]), device="meta")
-            for entry, (first, last) in wanted.items()
-        }
         files[_file(number)] = write_tensors(step / _file(number), kinds, make)
     return parameters, files
+
+
+class _Parts:
+    """Rows of weights, flattened, one after the other in the same memory."""
+
+    def __init__(self, weights: PretrainedWeights):
+        self._weights, self._memory = weights, MemoryPool()
+        self._last = torch.empty(0)
+
+    def kind(self, name: str, first: int, last: int) -> Tensor:
+        """A tensor without memory that has the type and shape of what `read` gives."""
+        row = self._weights.shape(name)[1:]
+        return torch.empty((last - first) * prod(row), dtype=self._weights.dtype(name), device="meta")
+
+    def read(self, name: str, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` - 1, valid until the next call.
+
+        Raises:
+            ConversionError: a value is not finite, or a file cannot be read.
+        """
+        self._memory.give_back(self._last)
+        shape = self._weights.shape(name)
+        self._last = part = self._memory.take((last - first, *shape[1:]), self._weights.dtype(name))
+        if last - first < shape[0]:
+            self._weights.vocabulary_rows(name, first, last, part)
+        else:
+            self._weights.full(name, part)
+        if not is_finite(part):
+            raise ConversionError(f"{self._weights.weights.folder}: {name} has values that are not finite")
+        return part.flatten()
+
+
+def _name(entry: str) -> str:
+    return entry.removeprefix("weight/")
 
 
 def _file(number: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from megagpt.host_tensors import MemoryPool, round_in_place
 from megagpt.model import PipelineLayer, canonical_name, pipeline_layers
 from megagpt.model.layers import Embedding, Head
 from megagpt.model.transformer_config import transformer_config
@@ -20,10 +21,10 @@ VOCABULARY_BLOCK_BYTES = 32 << 20
 
 
 class WeightSource(Protocol):
-    """Where full parameters come from, by canonical name."""
+    """Where full parameters come from, by canonical name, read into tensors of any type."""
 
-    def full(self, name: str) -> Tensor: ...
-    def vocabulary_rows(self, name: str, first: int, last: int) -> Tensor: ...
+    def full(self, name: str, *, out: Tensor) -> Tensor: ...
+    def vocabulary_rows(self, name: str, first: int, last: int, out: Tensor) -> Tensor: ...
 
 
 class LayerwiseGPT:
@@ -34,6 +35,7 @@ class LayerwiseGPT:
         source: its weights.
         rounded_to: type that weights are rounded to before use; None: as they come.
         device: where to compute.
+        memory: where weights get their memory from; default: its own.
     """
 
     def __init__(
@@ -42,9 +44,10 @@ class LayerwiseGPT:
         source: WeightSource,
         rounded_to: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        memory: MemoryPool | None = None,
     ):
         self.plan, self.device = plan, torch.device(device)
-        self._source, self._dtype = source, rounded_to
+        self._source, self._dtype, self._memory = source, rounded_to, memory or MemoryPool()
         self._layers = pipeline_layers(plan)
 
     @torch.no_grad()
@@ -62,10 +65,13 @@ class LayerwiseGPT:
         plan = dataclasses.replace(self.plan, padded_vocab_size=len(tokens))
         embedding = Embedding(transformer_config(plan), plan)
         table = "embedding.word_embeddings.weight"
-        rows = [self._source.vocabulary_rows(table, token, token + 1) for token in tokens.tolist()]
-        embedding.word_embeddings.weight.copy_(self._rounded(torch.cat(rows)))
+        rows = torch.empty(len(tokens), self.plan.model.hidden_size)
+        for row, token in zip(rows.split(1), tokens.tolist(), strict=True):
+            self._source.vocabulary_rows(table, token, token + 1, row)
+        embedding.word_embeddings.weight.copy_(self._rounded(rows))
         if embedding.add_position_embedding:
-            positions = self._source.full("embedding.position_embeddings.weight")
+            positions = torch.empty(embedding.position_embeddings.weight.shape)
+            self._source.full("embedding.position_embeddings.weight", out=positions)
             embedding.position_embeddings.weight.copy_(self._rounded(positions))
         return embedding.eval().to(self.device)(places_BS.to(self.device))
 
@@ -83,13 +89,16 @@ class LayerwiseGPT:
         step = max(1, VOCABULARY_BLOCK_BYTES // (4 * model.hidden_size))
         parts = []
         for first in range(0, model.vocab_size, step):
-            rows = self._source.vocabulary_rows(table, first, min(first + step, model.vocab_size))
-            few = model.model_copy(update={"vocab_size": len(rows)})
+            last = min(first + step, model.vocab_size)
+            few = model.model_copy(update={"vocab_size": last - first})
             run = self.plan.run.model_copy(update={"model": few})
-            plan = dataclasses.replace(self.plan, run=run, padded_vocab_size=len(rows))
-            head = Head(transformer_config(plan), plan)
-            head.weight.copy_(self._rounded(rows))
-            parts.append(head.to(self.device)(hidden_SBH).float().cpu())
+            plan = dataclasses.replace(self.plan, run=run, padded_vocab_size=last - first)
+            head = Head(transformer_config(plan), plan, has_weight=False)
+            rows = self._memory.take((last - first, model.hidden_size), torch.float32)
+            self._source.vocabulary_rows(table, first, last, rows)
+            weight = self._rounded(rows).to(self.device)
+            parts.append(head(hidden_SBH, weight).float().cpu())
+            self._memory.give_back(rows)
         return torch.cat(parts, -1).transpose(0, 1).contiguous()
 
     def _built(self, layer: PipelineLayer) -> nn.Module:
@@ -99,24 +108,29 @@ class LayerwiseGPT:
         for prefix, part in module.named_modules():
             if any(True for _ in part.parameters(recurse=False)):
                 part.register_forward_pre_hook(self._fill(f"{layer.prefix}.{prefix}" if prefix else layer.prefix))
-                part.register_forward_hook(_empty)
+                part.register_forward_hook(self._empty)
         return module
 
     def _fill(self, prefix: str) -> Callable[[nn.Module, Any], None]:
         def fill(part: nn.Module, args: Any) -> None:
             for name, parameter in part.named_parameters(recurse=False):
                 full = canonical_name(f"{prefix}.{name}", self.plan.model.num_layers)
-                weight = self._rounded(self._source.full(full)).to(self.device, torch.float32)
-                assert weight.shape == parameter.shape, full
-                parameter.data = weight
+                weight = self._memory.take(parameter.shape, torch.float32)
+                self._source.full(full, out=weight)
+                parameter.data = self._rounded(weight).to(self.device)
+                if self.device.type != "cpu":
+                    self._memory.give_back(weight)
 
         return fill
 
+    def _empty(self, part: nn.Module, args: Any, output: Any) -> None:
+        for parameter in part.parameters(recurse=False):
+            if parameter.dim() > 1:  # a bias may be handed on, to be added later
+                self._memory.give_back(parameter.data)
+                parameter.data = parameter.data.new_empty(0)
+
     def _rounded(self, weight: Tensor) -> Tensor:
-        return weight if self._dtype is None else weight.to(self._dtype)
-
-
-def _empty(part: nn.Module, args: Any, output: Any) -> None:
-    for parameter in part.parameters(recurse=False):
-        if parameter.dim() > 1:  # a bias may be handed on, to be added later
-            parameter.data = parameter.data.new_empty(0)
+        """The weight, whose values are rounded where they are."""
+        if self._dtype is not None:
+            round_in_place(weight, self._dtype)
+        return weight

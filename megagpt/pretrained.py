@@ -64,13 +64,27 @@ class PretrainedWeights:
             return [f"the last {there - here} of {there} tokens are left out (model.vocab_size={here})"]
         return []
 
-    def full(self, name: str) -> Tensor:
-        """A whole parameter, vocabulary not padded, in the type that it is stored in.
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter, vocabulary not padded."""
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that a parameter is stored in."""
+        return self.weights.dtype(name)
+
+    def full(self, name: str, out: Tensor | None = None) -> Tensor:
+        """A whole parameter, vocabulary not padded.
+
+        Args:
+            name: canonical name.
+            out: contiguous tensor of its shape and any type to read into; default: a new one of the stored type.
 
         Raises:
             ConversionError: a file cannot be read.
         """
-        return self.shard(name, 0, 1, self.model.vocab_size)
+        if partition_of(name, self.model.is_gated).vocabulary:
+            return self.vocabulary_rows(name, 0, self.model.vocab_size, out)
+        return self.weights.read(name, out=out)
 
     def shard(self, name: str, tensor_rank: int, tensor_size: int, padded_vocab_size: int) -> Tensor:
         """One rank's tensor-parallel shard; only its part of the files is read.
@@ -90,14 +104,25 @@ class PretrainedWeights:
         rows = Partition(0, partition.gated).shard(torch.arange(self._shapes[name][0]), tensor_rank, tensor_size)
         return self.weights.read(name, rows)
 
-    def vocabulary_rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows of an embedding or head: those of the folder, means for new tokens, zeros for padding."""
+    def vocabulary_rows(self, name: str, first: int, last: int, out: Tensor | None = None) -> Tensor:
+        """Rows of an embedding or head: those of the folder, means for new tokens, zeros for padding.
+
+        Args:
+            name: canonical name.
+            first: first token.
+            last: one past the last token.
+            out: as for `full`.
+        """
         stored, wanted = self.weights.model.vocab_size, self.model.vocab_size
-        kept = self.weights.read(name, torch.arange(min(first, stored, wanted), min(last, stored, wanted)))
-        new = min(last, wanted) - max(first, stored)
-        if new > 0:
-            kept = torch.cat([kept, self.weights.mean_row(name).to(kept.dtype).expand(new, -1)])
-        return torch.nn.functional.pad(kept, (0, 0, 0, last - first - len(kept)))
+        rows = torch.empty(last - first, self._shapes[name][1], dtype=self.dtype(name)) if out is None else out
+        known = range(min(first, stored, wanted), min(last, stored, wanted))
+        self.weights.read(name, torch.arange(known.start, known.stop), out=rows[: len(known)])
+        new = max(0, min(last, wanted) - max(first, stored))
+        if new:
+            mean = self.weights.mean_row(name).to(self.dtype(name))
+            rows[len(known) : len(known) + new] = mean
+        rows[len(known) + new :] = 0
+        return rows
 
 
 def open_pretrained(folder: str, model: ModelConfig, allow_pickle: bool = False) -> PretrainedWeights:

@@ -14,7 +14,8 @@ import psutil
 
 from megagpt.errors import ConfigError, DataError, LaunchError, MegagptError, RankError, StorageError, run_command
 from megagpt.parallel.console import Console, quiet_libraries
-from megagpt.parallel.launch import Launch, detect_launch
+from megagpt.parallel.deepspeed_launcher import find_launch
+from megagpt.parallel.launch import Launch
 from megagpt.plan import Plan, load_deepspeed_config, load_run_config, make_plan
 from megagpt.signals import StopSignal
 from megagpt.storage import RemotePath, location
@@ -51,7 +52,7 @@ def main() -> int:
     """Plan first, then everything that costs time."""
     stop = StopSignal()
     args = parse_arguments()
-    launch = detect_launch()
+    launch = find_launch()
     quiet_libraries(args.verbose)
     try:
         run_config = load_run_config(args.config, args.overrides)

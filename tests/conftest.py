@@ -1,12 +1,16 @@
 """Shared by all tests: one thread per process, quiet libraries, heavy imports once."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+
+if TYPE_CHECKING:
+    from stores import Store
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +37,23 @@ def dataset(libraries, tmp_path_factory) -> dict[str, str]:
 
     prefix, tokenizer = write_tiny_dataset(tmp_path_factory.mktemp("data"))
     return {"prefix": prefix, "tokenizer": tokenizer}
+
+
+@pytest.fixture(scope="session")
+def store() -> Iterator["Store"]:
+    """An S3 server on this machine, and the environment that leads to it."""
+    from stores import Store
+
+    with Store() as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in running.environment.items():
+            patch.setenv(name, value)
+        yield running
+
+
+@pytest.fixture
+def bucket(store) -> str:
+    """URL of a new bucket."""
+    return store.new_bucket()
 
 
 @pytest.fixture(scope="session")

@@ -182,12 +182,12 @@ def test_an_export_with_other_weights_is_refused_and_names_the_layer(llama_check
     for number, (name, where) in enumerate(TAMPERED.items()):
 
         class Tampered(module.LayerwiseTransformer):
-            def __init__(self, folder, name=name):
+            def __init__(self, folder, *memory, name=name):
                 path = folder / "model.safetensors"
                 weights = safetensors.torch.load_file(path)
                 weights[name] *= -1
                 safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
-                super().__init__(folder)
+                super().__init__(folder, *memory)
 
         with monkeypatch.context() as patch:
             patch.setattr(module, "LayerwiseTransformer", Tampered)

@@ -32,9 +32,11 @@ ELSEWHERE = {
     "python tools/collect_docs.py": "tools/quickstart.py",
 }
 
-# Slurm's sbatch reads the batch file (tests/slurm runs them); ssh asks this host for its address.
+# Slurm's sbatch reads the batch file (tests/slurm runs them), nobody tells of partitions; ssh asks this host for its
+# address.
 STAND_INS = {
-    "sbatch": '#!/bin/bash\nfor word; do case $word in slurm/*) exec bash -n "$word";; esac; done\nexit 1\n',
+    "sbatch": '#!/bin/bash\nfor word; do case $word in slurm/*) echo 7; exec bash -n "$word";; esac; done\nexit 1\n',
+    "sinfo": "#!/bin/bash\nexit 1\n",
     "ssh": "#!/bin/bash\necho 127.0.0.1\n",
 }
 

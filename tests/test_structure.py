@@ -16,7 +16,7 @@ PACKAGE, TOOLS = ROOT / "megagpt", ROOT / "tools"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 COMMANDS = sorted(TOOLS.glob("*.py"))
 SLOW_LIBRARIES = ("torch", "deepspeed", "megatron", "transformers", "tokenizers", "pyarrow", "numpy")
-DATA_COMMANDS = ("collect_docs", "inspect_data", "preprocess_data", "train_tokenizer")
+DATA_COMMANDS = ("clean_data", "collect_docs", "inspect_data", "preprocess_data", "train_tokenizer")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 

@@ -6,10 +6,10 @@ processes of one job share the work: Slurm array tasks, `srun`, `mpirun`, or --r
 """
 
 import argparse
+import os
 
 from megagpt.data.inputs import FORMATS
 from megagpt.data.job_rank import find_job_rank
-from megagpt.data.preprocess import Job, run_job
 from megagpt.errors import run_command
 
 
@@ -71,6 +71,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     ranks = find_job_rank(args.rank, args.world_size)
+    # numpy would start a thread for each core, for matrices that nobody multiplies here.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from megagpt.data.preprocess import Job, run_job
+
     job = Job(
         inputs=args.input,
         prefix=args.output_prefix,

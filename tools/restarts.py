@@ -3,7 +3,8 @@
     python tools/restarts.py begin --config run.yaml [key=value ...]
     python tools/restarts.py end --status 0 --config run.yaml [key=value ...]
 
-`begin` refuses a job that was started several times without getting beyond the same checkpoint. `end` has the job
+`begin` refuses a job that was started several times without getting beyond the same checkpoint, and tells what has
+ended the start before, if its ranks knew. `end` has the job
 queued again if it was stopped before its last step or has crashed, without the node that failed if there are others.
 """
 
@@ -25,9 +26,9 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     run = load_run_config(args.config, args.overrides)
     if args.moment == "begin":
-        restarts.begin(run, args.most_idle)
-        return 0
-    status, words = restarts.end(run, args.most_idle, args.status)
+        status, words = 0, restarts.begin(run, args.most_idle)
+    else:
+        status, words = restarts.end(run, args.most_idle, args.status)
     if words:
         print(words)
     return status

@@ -9,8 +9,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint.tensor_file import host_memory
 from megagpt.errors import CheckpointError
+from megagpt.host_tensors import host_memory
 from megagpt.parallel.consensus import Consensus
 from megagpt.parallel.ranks import Ranks
 from megagpt.parallel.side_group import SideGroup

@@ -5,6 +5,7 @@ A checkpoint is a folder `step-00000200/` with
     rank-00000.safetensors ...   per rank: the fragments of weights and moments that it owns (1-D, fp32) and its
                                  random states, as `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `rng/NAME`;
                                  each tensor with its hash, see `tensor_file.py`
+    weights-00000.safetensors ...  in place of these, the weights of an imported model in the types that they came in
     probe.safetensors            `tokens` [1, S] int64, the same pseudo-random ones in every checkpoint of a model, and
                                  `logits` [1, P, vocabulary] fp32: what the training ranks, in their layout and
                                  precision, computed for the first P positions without dropout

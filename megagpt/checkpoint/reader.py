@@ -5,9 +5,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint.manifest import MANIFEST, MANIFEST_HASH, PROBE, Manifest, Piece, read_manifest
-from megagpt.checkpoint.tensor_file import DamagedError, TensorFile, host_memory
+from megagpt.checkpoint.manifest import MANIFEST, MANIFEST_HASH, PROBE, Manifest, Parameter, Piece, read_manifest
+from megagpt.checkpoint.tensor_file import DamagedError, TensorFile
 from megagpt.errors import CheckpointError, ConfigError
+from megagpt.host_tensors import host_memory
 from megagpt.model.partition import partition_of
 from megagpt.plan import RunConfig, run_config_from_dict
 from megagpt.storage import Location, RemotePath
@@ -72,7 +73,7 @@ class CheckpointReader:
         for name, parameter in self.manifest.parameters.items():
             self._require_known(name, len(parameter.shape))
         self._files: dict[str, TensorFile] = {}
-        self._scratch = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
+        self._scratch = [torch.empty(0, dtype=torch.uint8) for _ in range(3)]
 
     def _require_known(self, name: str, dimensions: int) -> None:
         try:
@@ -112,16 +113,60 @@ class CheckpointReader:
         """Files of which all has been read, and found to be what was saved."""
         return [name for name, file in self._files.items() if file.is_verified]
 
-    def full(self, name: str, kind: str = "weight") -> Tensor:
-        """A whole parameter (or moment, by `kind`) in fp32, vocabulary not padded.
+    def full(self, name: str, kind: str = "weight", out: Tensor | None = None) -> Tensor:
+        """A whole parameter (or moment, by `kind`), vocabulary not padded.
+
+        Args:
+            out: contiguous tensor of its shape and any type to read into; default: a new one in fp32.
 
         Raises:
             CheckpointError: the parameter or one of its files is not there or damaged, or its parts leave a gap.
         """
-        partition = partition_of(name, self._gated)
-        count = 1 if partition.dim is None else self.manifest.tensor_parallel_size
-        shards = [self._stored_shard(name, kind, rank) for rank in range(count)]
-        return partition.join(shards, self.run.model.vocab_size)
+        self._require_stored(name, kind)
+        partition, size = partition_of(name, self._gated), self.manifest.tensor_parallel_size
+        shape = self._whole_shape(name)
+        if partition.dim is None or (size == 1 and self._shard_shape(name) == shape):
+            return self._stored_shard(name, kind, 0, out=out)
+        whole = torch.empty(shape) if out is None else out
+        for rank in range(size):
+            shard = self._stored_shard(name, kind, rank, out=self._memory(0, self._shard_shape(name)))
+            begin = 0
+            for place in partition.views(whole, rank, size, self.manifest.padded_vocab_size):
+                count = place.shape[partition.dim]
+                place.copy_(shard.narrow(partition.dim, begin, count))
+                begin += count
+        return whole
+
+    def stored(self, name: str) -> Tensor:
+        """A whole parameter in the type that it is stored in, in memory that the next such call overwrites.
+
+        Raises:
+            CheckpointError: as for `full`.
+        """
+        self._require_stored(name)
+        return self.full(name, out=self._memory(2, self._whole_shape(name), self.dtype(name)))
+
+    def stored_rows(self, name: str, first: int, last: int) -> Tensor:
+        """`vocabulary_rows` in the type that they are stored in, in memory that the next such call overwrites.
+
+        Raises:
+            CheckpointError: as for `full`.
+        """
+        self._require_stored(name)
+        shape = (last - first, *self._parameter(name).shape[1:])
+        return self.vocabulary_rows(name, first, last, self._memory(2, shape, self.dtype(name)))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that a parameter's weights are stored in: that of the model which was imported, else fp32.
+
+        Raises:
+            CheckpointError: as for `full`.
+        """
+        dtypes = set()
+        for piece in self._parameter(name).pieces:
+            entry = self._file(piece.file).entries.get(f"weight/{name}")
+            dtypes.add(torch.float32 if entry is None else entry.dtype)
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     def shard(
         self,
@@ -143,7 +188,8 @@ class CheckpointReader:
         partition = partition_of(name, self._gated)
         if self._is_stored_so(tensor_size, padded_vocab_size):
             stored_rank = 0 if partition.dim is None else tensor_rank
-            return self._stored_shard(name, kind, stored_rank, borrowed=borrowed)
+            out = self._memory(0, self._shard_shape(name)) if borrowed else None
+            return self._stored_shard(name, kind, stored_rank, out=out)
         return partition.shard(self.full(name, kind), tensor_rank, tensor_size, padded_vocab_size)
 
     def part_of_shard(
@@ -165,33 +211,33 @@ class CheckpointReader:
         if not self._is_stored_so(tensor_size, padded_vocab_size):
             return self.shard(name, kind, tensor_rank, tensor_size, padded_vocab_size).flatten()[start:stop]
         stored_rank = 0 if partition_of(name, self._gated).dim is None else tensor_rank
-        return self._stored_shard(name, kind, stored_rank, (start, stop), borrowed=True)
+        return self._stored_shard(name, kind, stored_rank, (start, stop), self._memory(0, (stop - start,)))
 
-    def vocabulary_rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows of an embedding or head in fp32; memory holds no more than them.
+    def vocabulary_rows(self, name: str, first: int, last: int, out: Tensor | None = None) -> Tensor:
+        """Rows of an embedding or head; memory holds no more than them.
 
         Args:
             name: canonical name of a parameter whose rows are tokens.
             first: first token.
             last: one past the last token; at most the vocabulary's size.
+            out: contiguous tensor of any type to read into; default: a new one in fp32.
 
         Raises:
             CheckpointError: as for `full`.
         """
+        self._require_stored(name)
         share, width = self._shard_shape(name)
-        flat, done = torch.empty((last - first) * width), 0
+        rows, done = torch.empty(last - first, width) if out is None else out, 0
+        flat = rows.view(-1)
         for rank in range(first // share, -(-last // share)):
             begin, end = max(first - rank * share, 0) * width, min(last - rank * share, share) * width
-            pieces = [piece for piece in self.manifest.parameters[name].pieces if piece.tensor_rank == rank]
-            pieces.sort(key=lambda piece: piece.start)
-            self._require_whole(pieces, share * width, f"weight/{name}")
-            for piece in pieces:
+            for piece in self._pieces(name, rank):
                 start, stop = max(begin, piece.start), min(end, piece.stop)
                 if start < stop:
-                    part = flat[done : done + stop - start].view(torch.uint8)
-                    self._file(piece.file).read_part(f"weight/{name}", 4 * (start - piece.start), part)
+                    part = flat[done : done + stop - start]
+                    self._file(piece.file).read_part(f"weight/{name}", start - piece.start, part)
                     done += stop - start
-        return flat.view(-1, width)
+        return rows
 
     def rng(self, rank: int) -> dict[str, Tensor]:
         """Random states of one rank."""
@@ -221,35 +267,64 @@ class CheckpointReader:
             shape[partition.dim] //= self.manifest.tensor_parallel_size
         return tuple(shape)
 
+    def _parameter(self, name: str) -> Parameter:
+        if name not in self.manifest.parameters:
+            raise CheckpointError(f"{self.folder}: has no parameter {name}; it belongs to another model")
+        return self.manifest.parameters[name]
+
     def _stored_shard(
         self,
         name: str,
         kind: str,
         tensor_rank: int,
         span: tuple[int, int] | None = None,
-        borrowed: bool = False,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """A shard as it was saved, or the elements of a span of it."""
-        if name not in self.manifest.parameters:
-            raise CheckpointError(f"{self.folder}: has no parameter {name}; it belongs to another model")
-        shape, entry = self._shard_shape(name), f"{kind}/{name}"
-        pieces = [piece for piece in self.manifest.parameters[name].pieces if piece.tensor_rank == tensor_rank]
-        pieces.sort(key=lambda piece: piece.start)
+        """A shard as it was saved, or the elements of a span of it, 1-D; in `out`, of any type, or else new in fp32."""
+        pieces, shape, entry = self._pieces(name, tensor_rank), self._shard_shape(name), f"{kind}/{name}"
         self._require_whole(pieces, prod(shape), entry)
         start, stop = span or (0, prod(shape))
-        flat = self._memory(0, stop - start) if borrowed else torch.empty(stop - start)
+        wanted = torch.empty(shape if span is None else stop - start) if out is None else out
+        flat = wanted.view(-1)
         for piece in pieces:
             first, last = max(start, piece.start), min(stop, piece.stop)
             if first >= last:
                 continue
             place = flat[first - start : last - start]
             if (first, last) == (piece.start, piece.stop):
-                self._file(piece.file).read(entry, place.view(torch.uint8))
+                self._file(piece.file).read(entry, place)
             else:  # all of it is read, to compare its hash
-                whole = self._memory(1, piece.stop - piece.start)
-                self._file(piece.file).read(entry, whole.view(torch.uint8))
+                whole = self._memory(1, (piece.stop - piece.start,))
+                self._file(piece.file).read(entry, whole)
                 place.copy_(whole[first - piece.start : last - piece.start])
-        return flat.reshape(shape) if span is None else flat
+        return wanted
+
+    def _whole_shape(self, name: str) -> tuple[int, ...]:
+        """A parameter's shape, vocabulary not padded."""
+        shape = self._parameter(name).shape
+        if partition_of(name, self._gated).vocabulary:
+            return (self.run.model.vocab_size, *shape[1:])
+        return shape
+
+    def _pieces(self, name: str, tensor_rank: int) -> list[Piece]:
+        pieces = [piece for piece in self._parameter(name).pieces if piece.tensor_rank == tensor_rank]
+        return sorted(pieces, key=lambda piece: piece.start)
+
+    def _require_stored(self, name: str, kind: str = "weight") -> None:
+        """See that the files have a whole parameter, and that it is cut as we cut it, before any memory is taken."""
+        shape, size = list(self._whole_shape(name)), self.manifest.tensor_parallel_size
+        partition, padded = partition_of(name, self._gated), self.manifest.padded_vocab_size
+        if partition.vocabulary and shape[0] <= padded:
+            shape[0] = padded
+        if partition.dim is None:
+            size = 1
+        elif shape[partition.dim] % (size << partition.gated) or (partition.vocabulary and shape[0] > padded):
+            raise CheckpointError(
+                f"{self.folder}: {name}, {shape}, cannot have been cut by tensor_parallel_size={size}; the "
+                "manifest is not ours"
+            )
+        for rank in range(size):
+            self._require_whole(self._pieces(name, rank), prod(self._shard_shape(name)), f"{kind}/{name}")
 
     def _require_whole(self, pieces: list[Piece], numel: int, entry: str) -> None:
         """See that pieces in order make up a shard, and that their files have them, before any memory is taken."""
@@ -257,10 +332,11 @@ class CheckpointReader:
         for piece in pieces:
             file = self._file(piece.file)
             found = file.entries.get(entry)
-            if found is None or found.dtype != torch.float32 or prod(found.shape) != piece.stop - piece.start:
+            if found is None or not found.dtype.is_floating_point or prod(found.shape) != piece.stop - piece.start:
                 what = "is missing" if found is None else f"is {found.dtype}, {list(found.shape)}"
                 raise DamagedError(
-                    f"{file.path}: {entry} {what}, not {piece.stop - piece.start} fp32 elements; the file is not ours"
+                    f"{file.path}: {entry} {what}, not {piece.stop - piece.start} floating-point elements; the file is "
+                    "not ours"
                 )
             if piece.stop > numel or piece.start != covered:
                 raise CheckpointError(
@@ -273,11 +349,12 @@ class CheckpointReader:
                 f"{self.folder}: {covered} of {numel} elements of {entry} are here; use another checkpoint"
             )
 
-    def _memory(self, index: int, numel: int) -> Tensor:
-        """fp32 memory that is used again and again: fresh memory costs more than reading into it."""
-        if self._scratch[index].numel() < 4 * numel:
-            self._scratch[index] = host_memory(4 * numel)
-        return self._scratch[index][: 4 * numel].view(torch.float32)
+    def _memory(self, index: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory that is used again and again: fresh memory costs more than reading into it."""
+        size = prod(shape) * dtype.itemsize
+        if self._scratch[index].numel() < size:
+            self._scratch[index] = host_memory(size)
+        return self._scratch[index][:size].view(dtype).view(shape)
 
     def _file(self, name: str) -> TensorFile:
         if name not in self._files:

@@ -7,7 +7,6 @@ thereby stands for the whole file.
 """
 
 import json
-import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -23,18 +22,22 @@ from torch import Tensor
 
 from megagpt.checkpoint.manifest import File
 from megagpt.errors import CheckpointError
+from megagpt.host_tensors import CHUNK_BYTES, bytes_of, read_elements
 from megagpt.storage import Location, RemotePath
 from megagpt.storage.transfer import open_ranges, upload
 
-_CODES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
+_CODES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
 _HASH = "xxh3/"
 _NO_HASH = "0" * 32
 _MAX_HEADER_BYTES = 100_000_000
 """As the safetensors library has it."""
-_CHUNK_BYTES = 1 << 20
-"""Written at once: still in the processor's cache when it is hashed."""
-_MIN_HUGE_BYTES = 1 << 22
 
 
 class DamagedError(CheckpointError):
@@ -58,9 +61,9 @@ def write_tensors(path: Location, tensors: Mapping[str, Tensor], make: Callable[
 
     Args:
         path: the file; replaced if it exists.
-        tensors: float32, int64 or uint8, on any device.
-        make: gives each tensor when its turn comes, twice for a remote file; those of `tensors` then only say type and
-            shape.
+        tensors: floating point, int64 or uint8, on any device.
+        make: gives each tensor when its turn comes, twice for a remote file, which need last only until the next one;
+            those of `tensors` then only say type and shape.
 
     Raises:
         OSError: it cannot be written.
@@ -68,7 +71,7 @@ def write_tensors(path: Location, tensors: Mapping[str, Tensor], make: Callable[
     """
 
     def content(name: str) -> memoryview:
-        data = _bytes_of((tensors[name] if make is None else make(name)).detach().cpu().contiguous())
+        data = bytes_of((tensors[name] if make is None else make(name)).detach().cpu().contiguous())
         assert len(data) == tensors[name].numel() * tensors[name].element_size(), name
         return data
 
@@ -184,85 +187,85 @@ class TensorFile:
 
         Args:
             name: of the tensor.
-            out: memory to read into, 1-D uint8 on the CPU, at least as long as the tensor; default: new memory.
+            out: contiguous tensor on the CPU with as many elements, of any type, to read into; default: a new one.
 
         Returns:
-            The tensor; a view of `out` if that was given.
+            The tensor; `out` if that was given.
 
         Raises:
             DamagedError: there is no such tensor, it cannot be read or its content has changed.
         """
-        if name not in self.entries:
-            raise DamagedError(f"{self.path}: {name} is missing; the file is not ours")
-        entry = self.entries[name]
-        data = (host_memory(entry.bytes) if out is None else out)[: entry.bytes]
-        view, done, digest = _bytes_of(data), 0, xxhash.xxh3_128()
-        try:
-            while done < entry.bytes:
-                count = self._ranges.read_into(view[done:], entry.begin + done)
-                if count == 0:
-                    raise DamagedError(f"{self.path}: ends within {name}: truncated")
-                digest.update(view[done : done + count])
-                done += count
-        except OSError as error:
-            raise DamagedError(f"{self.path}: {name}: not readable ({error.strerror})") from None
-        if digest.hexdigest() != entry.xxh3:
-            raise DamagedError(f"{self.path}: {name}: the hash differs from what was saved: the content has changed")
-        self._verified.add(name)
-        return data.view(entry.dtype).view(entry.shape) if entry.bytes else torch.empty(entry.shape, dtype=entry.dtype)
+        entry = self._entry(name)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype) if out is None else out
+        assert tensor.numel() == prod(entry.shape), name
+        digest = xxhash.xxh3_128()
+        self._read(name, entry.begin, entry.dtype, tensor, digest.update)
+        self._require_same(name, digest.hexdigest())
+        return tensor
 
-    def read_part(self, name: str, begin: int, out: Tensor) -> None:
-        """Some bytes of a tensor, after the hash of all of it has been compared, once.
+    def read_part(self, name: str, first: int, out: Tensor) -> None:
+        """Some elements of a tensor, after the hash of all of it has been compared, once.
 
         Args:
             name: of the tensor.
-            begin: its first byte that is wanted.
-            out: memory to fill, 1-D uint8 on the CPU.
+            first: its first element that is wanted.
+            out: contiguous tensor on the CPU, of any type, to fill.
 
         Raises:
             DamagedError: as for `read`.
         """
+        entry = self._entry(name)
+        if name not in self._verified and out.numel() == prod(entry.shape):
+            self.read(name, out)
+            return
         if name not in self._verified:
             self._compare(name)
-        view, offset = _bytes_of(out), self.entries[name].begin + begin
-        while len(view):
-            try:
-                count = self._ranges.read_into(view, offset)
-            except OSError as error:
-                raise DamagedError(f"{self.path}: {name}: not readable ({error.strerror})") from None
-            if count == 0:
-                raise DamagedError(f"{self.path}: ends within {name}: truncated")
-            view, offset = view[count:], offset + count
-
-    def _compare(self, name: str) -> None:
-        """Compare the hash of a tensor in little memory."""
-        if name not in self.entries:
-            raise DamagedError(f"{self.path}: {name} is missing; the file is not ours")
-        entry, digest, done = self.entries[name], xxhash.xxh3_128(), 0
-        memory = memoryview(bytearray(min(self._ranges.chunk_bytes, entry.bytes)))
-        while done < entry.bytes:
-            try:
-                count = self._ranges.read_into(memory[: entry.bytes - done], entry.begin + done)
-            except OSError as error:
-                raise DamagedError(f"{self.path}: {name}: not readable ({error.strerror})") from None
-            if not count:
-                raise DamagedError(f"{self.path}: ends within {name}: truncated")
-            digest.update(memory[:count])
-            done += count
-        if digest.hexdigest() != entry.xxh3:
-            raise DamagedError(f"{self.path}: {name}: the hash differs from what was saved: the content has changed")
-        self._verified.add(name)
+        self._read(name, entry.begin + first * entry.dtype.itemsize, entry.dtype, out)
 
     def verify_rest(self) -> None:
-        """Read and compare what has not been read yet.
+        """Read and compare what has not been read yet, in little memory.
 
         Raises:
             DamagedError: something has changed.
         """
-        rest = [name for name in self.entries if name not in self._verified]
-        memory = host_memory(max((self.entries[name].bytes for name in rest), default=0))
-        for name in rest:
-            self.read(name, memory)
+        for name in self.entries:
+            if name not in self._verified:
+                self._compare(name)
+
+    def _compare(self, name: str) -> None:
+        """Compare the hash of a tensor, of which nothing is kept."""
+        entry, digest = self._entry(name), xxhash.xxh3_128()
+        step = self._ranges.chunk_bytes
+        memory = torch.empty(min(step, entry.bytes), dtype=torch.uint8)
+        for done in range(0, entry.bytes, step):
+            chunk = memory[: entry.bytes - done]
+            self._read(name, entry.begin + done, torch.uint8, chunk, digest.update)
+        self._require_same(name, digest.hexdigest())
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise DamagedError(f"{self.path}: {name} is missing; the file is not ours")
+        return self.entries[name]
+
+    def _read(
+        self,
+        name: str,
+        offset: int,
+        dtype: torch.dtype,
+        out: Tensor,
+        seen: Callable[[memoryview], object] = lambda chunk: None,
+    ) -> None:
+        try:
+            whole = read_elements(self._ranges.read_into, offset, dtype, out, seen, self._ranges.chunk_bytes)
+        except OSError as error:
+            raise DamagedError(f"{self.path}: {name}: not readable ({error.strerror})") from None
+        if not whole:
+            raise DamagedError(f"{self.path}: ends within {name}: truncated")
+
+    def _require_same(self, name: str, xxh3: str) -> None:
+        if xxh3 != self.entries[name].xxh3:
+            raise DamagedError(f"{self.path}: {name}: the hash differs from what was saved: the content has changed")
+        self._verified.add(name)
 
 
 def parse_header(path: Location, text: bytes, start: int, size: int) -> dict[str, Entry]:
@@ -308,22 +311,6 @@ def parse_header(path: Location, text: bytes, start: int, size: int) -> dict[str
     return entries
 
 
-def host_memory(count: int, pinned: bool = False) -> Tensor:
-    """`count` bytes of host memory as a uint8 vector; large ones in huge pages, where the first touch costs far less.
-
-    Args:
-        count: bytes.
-        pinned: locked, for fast copies from a GPU.
-    """
-    if pinned:
-        return torch.empty(count, dtype=torch.uint8, pin_memory=True)
-    if count < _MIN_HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(count, dtype=torch.uint8)
-    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
-
-
 def _are_sizes(values: Any) -> bool:
     if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
         return False
@@ -332,10 +319,6 @@ def _are_sizes(values: Any) -> bool:
 
 def _is_span(values: Any) -> bool:
     return isinstance(values, list) and len(values) == 2 and all(type(value) is int for value in values)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _encoded(header: dict[str, Any]) -> bytes:
@@ -347,8 +330,8 @@ def _encoded(header: dict[str, Any]) -> bytes:
 def _write_all(write: Callable[[memoryview], int], data: memoryview) -> str:
     """Write all of it; the XXH3-128 of what was written."""
     digest = xxhash.xxh3_128()
-    for begin in range(0, len(data), _CHUNK_BYTES):
-        chunk = data[begin : begin + _CHUNK_BYTES]
+    for begin in range(0, len(data), CHUNK_BYTES):
+        chunk = data[begin : begin + CHUNK_BYTES]
         digest.update(chunk)
         while len(chunk):
             chunk = chunk[write(chunk) :]

@@ -1,5 +1,6 @@
 """The weights of a Hugging Face folder under canonical names: whole, or the rows and columns that a rank needs."""
 
+import functools
 import itertools
 import json
 import re
@@ -36,7 +37,9 @@ class Tensors(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> torch.dtype: ...
-    def read(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor: ...
+    def read(
+        self, name: str, rows: Span | None = None, columns: Span | None = None, out: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class _PickledTensors:
@@ -63,9 +66,12 @@ class _PickledTensors:
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
 
-    def read(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
+    def read(
+        self, name: str, rows: Span | None = None, columns: Span | None = None, out: Tensor | None = None
+    ) -> Tensor:
         tensor = self.tensors[name] if rows is None else self.tensors[name][slice(*rows)]
-        return (tensor if columns is None else tensor[:, slice(*columns)]).clone()
+        part = tensor if columns is None else tensor[:, slice(*columns)]
+        return part.clone() if out is None else out.copy_(part)
 
 
 def open_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, tuple[Tensors, str]]:
@@ -178,9 +184,11 @@ class HfWeights:
                     "supported"
                 )
 
-    def _read(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
+    def _read(
+        self, name: str, rows: Span | None = None, columns: Span | None = None, out: Tensor | None = None
+    ) -> Tensor:
         file, stored = self._tensors[name]
-        return file.read(stored, rows, columns)
+        return file.read(stored, rows, columns, out)
 
     @property
     def names(self) -> list[str]:
@@ -193,18 +201,20 @@ class HfWeights:
         return {file.dtype(stored) for file, stored in self._tensors.values()}
 
     def dtype(self, canonical: str) -> torch.dtype:
-        """Type that a canonical tensor is given in."""
-        name, _ = self.family.parts_of(canonical, self.model)[0]
-        file, stored = self._tensors[name]
-        return file.dtype(stored)
+        """Type that a canonical tensor is given in: one that holds the values of all its parts."""
+        names = [name for name, _ in self.family.parts_of(canonical, self.model)]
+        return functools.reduce(torch.promote_types, (file.dtype(n) for file, n in map(self._tensors.get, names)))
 
-    def read(self, canonical: str, rows: Tensor | None = None, columns: Span | None = None) -> Tensor:
-        """A canonical tensor of the folder's model, or a part of it, in the type that it is stored in.
+    def read(
+        self, canonical: str, rows: Tensor | None = None, columns: Span | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """A canonical tensor of the folder's model, or a part of it.
 
         Args:
             canonical: a name of `names`.
             rows: which rows, as int64 indices in the order wanted; None: all.
             columns: which columns, for matrices; None: all.
+            out: contiguous tensor of that shape and any type to read into; default: a new one of `dtype(canonical)`.
 
         Raises:
             ConversionError: the name is unknown, or a file cannot be read.
@@ -218,17 +228,22 @@ class HfWeights:
         numbers = reshaping.join(self.model, tuple(torch.arange(a, a + n) for a, n in zip(starts, sizes, strict=False)))
         if rows is not None:
             numbers = numbers[rows]
-        pieces = []
+        if out is None:
+            rest = canonical_shapes(self.model)[canonical][1:]
+            shape = (len(numbers), *rest) if columns is None else (len(numbers), columns[1] - columns[0])
+            out = torch.empty(shape, dtype=self.dtype(canonical))
+        assert len(out) == len(numbers), canonical
+        done = 0
         for first, last in _runs(numbers, starts):
             part = next(p for p in range(len(sizes)) if starts[p] <= first < starts[p + 1])
             span, name = (first - starts[part], last - starts[part]), parts[part][0]
+            place = out[done : done + last - first]
             if transposes:
-                pieces.append(self._read(name, columns, span).t())
+                place.copy_(self._read(name, columns, span).t())
             else:
-                pieces.append(self._read(name, span, columns))
-        if not pieces:
-            return torch.empty(0, *canonical_shapes(self.model)[canonical][1:], dtype=self.dtype(canonical))
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).contiguous()
+                self._read(name, span, columns, place)
+            done += last - first
+        return out
 
     def mean_row(self, canonical: str) -> Tensor:
         """Mean of all rows in fp32, read in pieces: where the row of a new token starts. Random ones would often be

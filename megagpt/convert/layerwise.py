@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megagpt.convert.hf_weights import open_tensors
 from megagpt.convert.safetensors_read import Span
 from megagpt.errors import ConversionError
+from megagpt.host_tensors import MemoryPool
 
 HEAD_BLOCK_BYTES = 32 << 20
 """Size in fp32 of the rows of the head that are held at once."""
@@ -31,17 +32,18 @@ class LayerwiseTransformer:
 
     Args:
         folder: a Hugging Face folder with safetensors.
+        memory: where weights get their memory from; default: its own.
 
     Raises:
         ConversionError: transformers is missing or cannot build the model, a file is damaged, or weights are missing
             or unknown to the model.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, memory: MemoryPool | None = None):
         self._folder = Path(folder)
         if not (self._folder / "config.json").is_file():
             raise ConversionError(f"{folder}: no config.json; give the folder of an export")
-        self._tensors = open_tensors(self._folder)
+        self._tensors, self._memory = open_tensors(self._folder), memory or MemoryPool()
         self._model = self._build()
         self._read = _StoredNames(self._folder, self._model, set(self._tensors))
         head = self._model.get_output_embeddings()
@@ -50,10 +52,10 @@ class LayerwiseTransformer:
                 self._run_in_blocks(head, f"{name}.weight")
             elif isinstance(module, nn.Embedding):
                 module.register_forward_pre_hook(self._look_up(f"{name}.weight"))
-                module.register_forward_hook(_drop)
+                module.register_forward_hook(self._drop)
             elif any(True for _ in module.parameters(recurse=False)):
                 module.register_forward_pre_hook(self._fill(name))
-                module.register_forward_hook(_drop)
+                module.register_forward_hook(self._drop)
 
     @torch.inference_mode()
     def logits(self, tokens_BS: Tensor, observe: Observer | None = None) -> Tensor:
@@ -95,36 +97,53 @@ class LayerwiseTransformer:
             raise ConversionError(f"{self._folder}: transformers cannot load it: {error}") from error
         return model.eval()
 
-    def _stored(self, name: str, rows: Span | None = None) -> Tensor:
-        """A parameter of transformers' model in fp32, or rows of it."""
-        parts = []
-        for group in self._read.places[name]:
-            pieces = [self._part(stored, rows) for stored in group]
-            parts.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
-        return parts[0] if self._read.is_plain(name) else torch.stack(parts)
+    def _stored(self, name: str, out: Tensor, rows: Span | None = None) -> None:
+        """Read a parameter of transformers' model, or rows of it, into a tensor."""
+        groups = self._read.places[name]
+        wholes = [out] if self._read.is_plain(name) else out.unbind()
+        if len(wholes) != len(groups):
+            raise self._misshapen(name, [len(groups)], out)
+        for whole, group in zip(wholes, groups, strict=True):
+            begin = 0
+            for stored in group:
+                file, entry = self._tensors[stored]
+                shape = list(file.shape(entry))
+                if rows is not None:
+                    shape[0] = rows[1] - rows[0]
+                place = whole[begin : begin + shape[0]] if shape else whole
+                if list(place.shape) != shape:
+                    raise self._misshapen(stored, list(file.shape(entry)), out)
+                file.read(entry, rows, out=place)
+                begin += shape[0] if shape else 0
+            if begin != (len(whole) if whole.dim() else 0):
+                raise self._misshapen(name, [begin, *whole.shape[1:]], out)
 
-    def _part(self, stored: str, rows: Span | None) -> Tensor:
-        file, name = self._tensors[stored]
-        return file.read(name, rows).float()
+    def _misshapen(self, name: str, shape: list[int], wanted: Tensor) -> ConversionError:
+        return ConversionError(
+            f"{self._folder}: {name} has shape {shape} where transformers wants {list(wanted.shape)} in all"
+        )
 
     def _fill(self, prefix: str) -> Callable:
         def fill(module: nn.Module, args: Any) -> None:
             for name, parameter in list(module.named_parameters(recurse=False)):
-                weight = self._stored(f"{prefix}.{name}")
-                if weight.shape != parameter.shape:
-                    raise ConversionError(
-                        f"{self._folder}: {prefix}.{name} has shape {list(weight.shape)} where transformers wants "
-                        f"{list(parameter.shape)}"
-                    )
+                weight = self._memory.take(parameter.shape, torch.float32)
+                self._stored(f"{prefix}.{name}", weight)
                 module._parameters[name] = nn.Parameter(weight, requires_grad=False)
 
         return fill
 
+    def _drop(self, module: nn.Module, args: Any, output: Any) -> None:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            self._memory.give_back(parameter.data)
+            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
     def _look_up(self, name: str) -> Callable:
         def look_up(module: nn.Embedding, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             tokens, places = args[0].unique(return_inverse=True)
-            rows = [self._stored(name, (token, token + 1)) for token in tokens.tolist()]
-            module._parameters["weight"] = nn.Parameter(torch.cat(rows), requires_grad=False)
+            table = torch.empty(len(tokens), module.embedding_dim)
+            for row, token in zip(table.split(1), tokens.tolist(), strict=True):
+                self._stored(name, row, (token, token + 1))
+            module._parameters["weight"] = nn.Parameter(table, requires_grad=False)
             module.padding_idx = None  # of the whole table; it plays no part in looking up
             return (places, *args[1:])
 
@@ -135,8 +154,14 @@ class LayerwiseTransformer:
         step = max(1, HEAD_BLOCK_BYTES // (4 * width))
 
         def forward(hidden: Tensor) -> Tensor:
-            spans = [(first, min(first + step, count)) for first in range(0, count, step)]
-            return torch.cat([F.linear(hidden, self._stored(name, span)) for span in spans], -1)
+            parts = []
+            for first in range(0, count, step):
+                span = first, min(first + step, count)
+                rows = self._memory.take((span[1] - first, width), torch.float32)
+                self._stored(name, rows, span)
+                parts.append(F.linear(hidden, rows))
+                self._memory.give_back(rows)
+            return torch.cat(parts, -1)
 
         assert head.bias is None
         head.forward = forward
@@ -200,11 +225,6 @@ def _place(name: str, parameter: Tensor, stored: set[str]) -> list[list[str]] | 
         if all(place in stored for group in places for place in group):
             return places
     return None
-
-
-def _drop(module: nn.Module, args: Any, output: Any) -> None:
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
 @contextmanager

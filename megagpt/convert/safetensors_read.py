@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megagpt.errors import ConversionError
+from megagpt.host_tensors import read_elements
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
@@ -85,13 +86,16 @@ class SafetensorsFile:
             )
         return _DTYPES[code]
 
-    def read(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
+    def read(
+        self, name: str, rows: Span | None = None, columns: Span | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """A tensor, or a part of it.
 
         Args:
             name: a key of `tensors`.
             rows: part of the first dimension; None: all.
             columns: part of the second one, for matrices; None: all.
+            out: contiguous tensor of that shape and any type to read into; default: a new one of the stored type.
 
         Raises:
             ConversionError: the file cannot be read (any more).
@@ -101,24 +105,28 @@ class SafetensorsFile:
         rest = stored.shape[1:]
         row_bytes = math.prod(rest) * dtype.itemsize
         if columns is None or columns == (0, *rest):
-            part = torch.empty((last - first, *rest) if stored.shape else (), dtype=dtype)
-            self._read_into(part, stored.begin + first * row_bytes)
+            shape = (last - first, *rest) if stored.shape else ()
+            part = torch.empty(shape, dtype=dtype) if out is None else out
+            assert part.shape == shape, name
+            self._read_into(part, dtype, stored.begin + first * row_bytes)
             return part
-        part = torch.empty((last - first, columns[1] - columns[0]), dtype=dtype)
+        shape = (last - first, columns[1] - columns[0])
+        part = torch.empty(shape, dtype=dtype) if out is None else out
+        assert part.shape == shape, name
         for row, line in enumerate(part):
-            self._read_into(line, stored.begin + (first + row) * row_bytes + columns[0] * dtype.itemsize)
+            self._read_into(line, dtype, stored.begin + (first + row) * row_bytes + columns[0] * dtype.itemsize)
         return part
 
-    def _read_into(self, tensor: Tensor, offset: int) -> None:
-        view = tensor.reshape(-1).view(torch.uint8).numpy().data
-        while len(view):
-            try:
-                count = os.preadv(self._descriptor, [view[: 1 << 30]], offset)
-            except OSError as error:
-                raise ConversionError(f"{self.path}: cannot be read ({error.strerror})") from None
-            if count == 0:
-                raise ConversionError(f"{self.path}: ends at byte {offset}; it was truncated while it was read")
-            view, offset = view[count:], offset + count
+    def _read_into(self, tensor: Tensor, dtype: torch.dtype, offset: int) -> None:
+        try:
+            whole = read_elements(lambda view, at: os.preadv(self._descriptor, [view], at), offset, dtype, tensor)
+        except OSError as error:
+            raise ConversionError(f"{self.path}: cannot be read ({error.strerror})") from None
+        if not whole:
+            raise ConversionError(
+                f"{self.path}: ends before byte {offset + tensor.numel() * dtype.itemsize}; it was "
+                "truncated while it was read"
+            )
 
     def _damaged(self, what: str) -> ConversionError:
         return ConversionError(f"{self.path}: {what}: not a whole safetensors file; download or export it again")

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megagpt.errors import ConversionError
+from megagpt.host_tensors import CHUNK_BYTES, bytes_of
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -81,7 +82,7 @@ def write_safetensors(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.sha256()
-    with open(path, "xb") as file:
+    with open(path, "xb", buffering=0) as file:
         for part in (struct.pack("<Q", len(encoded)), encoded):
             digest.update(part)
             file.write(part)
@@ -90,10 +91,10 @@ def write_safetensors(
             for block in make(name):
                 assert block.shape[1:] == shape[1:], name
                 rows += block.shape[0]
-                data = _bytes_of(name, block, dtypes[name])
-                digest.update(data)
-                file.write(data)
-                del data, block  # frees this block before the next one is made
+                for data in _rounded(name, block, dtypes[name]):
+                    digest.update(data)
+                    file.write(data)
+                del block  # frees it before the next one is made
             assert rows == shape[0], name
         file.flush()
         os.fsync(file.fileno())
@@ -102,20 +103,27 @@ def write_safetensors(
     return WrittenFile(size, digest.hexdigest())
 
 
-def _bytes_of(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:
-    """A tensor's bytes after rounding to `dtype`; without a copy if it has that type already."""
-    tensor = tensor.detach().cpu()
-    rounded = tensor.to(dtype).contiguous()
-    if not is_finite(rounded):
-        if is_finite(tensor):
-            raise ConversionError(
-                f"{name} has the value {float(tensor.abs().max()):g}, beyond the range of "
-                f"{str(dtype).removeprefix('torch.')}; export as bfloat16 or float32"
-            )
-        raise ConversionError(f"{name} has values that are not finite; the run diverged, export an earlier checkpoint")
-    return rounded.reshape(-1).view(torch.uint8).numpy().data
+def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    """A tensor's bytes after rounding to `dtype`, a piece at a time; each is valid until the next one."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    step = CHUNK_BYTES // dtype.itemsize
+    memory = torch.empty(min(step, flat.numel()), dtype=dtype)
+    for part in flat.split(step):
+        rounded = part if part.dtype == dtype else memory[: len(part)].copy_(part)
+        if not is_finite(rounded):
+            raise _not_finite(name, flat, dtype)
+        yield bytes_of(rounded)
+
+
+def _not_finite(name: str, flat: Tensor, dtype: torch.dtype) -> ConversionError:
+    if is_finite(flat):
+        return ConversionError(
+            f"{name} has the value {float(flat.abs().max()):g}, beyond the range of "
+            f"{str(dtype).removeprefix('torch.')}; export as bfloat16 or float32"
+        )
+    return ConversionError(f"{name} has values that are not finite; the run diverged, export an earlier checkpoint")
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether all values are finite. Not-a-number passes through minimum and maximum, which need no copy."""
-    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))
+    return not tensor.numel() or all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))

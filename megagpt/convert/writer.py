@@ -80,14 +80,15 @@ def write_hf_folder(
     Args:
         folder: target; its parent is created if need be.
         model: the model as trained.
-        read: gives the full fp32 tensor of a canonical name (see `canonical.py`).
+        read: gives the full tensor of a canonical name (see `canonical.py`), which need only last until the next call.
         names: all canonical names that the source has.
         tokenizer_path: tokenizer file or folder; None exports weights only.
         dtype: type of the stored weights.
         max_shard_bytes: largest weight file, unless one tensor alone is larger.
         card: facts about the training run for the model card: label -> value.
         overwrite: replace an earlier export at `folder`.
-        read_rows: gives rows of an embedding or head, so that memory never holds the whole of it.
+        read_rows: gives rows of an embedding or head, so that memory never holds the whole of it; they, too, need
+            only last until the next call.
         certify: checks the folder before it appears; what it finds is kept in certificate.json and the model card.
             An export that fails appears as `folder` with `.failed` appended, and nothing is replaced.
         family: family to export to; default: the first that expresses the model.

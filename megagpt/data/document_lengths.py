@@ -1,6 +1,6 @@
 """Lengths of the documents of an index, many at a time."""
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ class DocumentLengths:
 
     prefix: str
     num_documents: int
-    _idx: Path
+    _idx: Any
     _lengths: np.ndarray
     """Tokens of each sequence."""
     _documents: np.ndarray

@@ -4,6 +4,7 @@ Bounded means: a JSON line or text file of any size is read in fragments; a valu
 """
 
 import codecs
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,14 +41,23 @@ class Document(NamedTuple):
     locate: Callable[[], str]
     """Says where it is."""
     fault: BadLineError | None = None
+    place: int = 0
+    """Where it is, without a look into the file: byte of a line (compressed: its number), row, 0 for a text file."""
+    record: Callable[[], dict[str, Any]] | None = None
+    """All fields (JSONL; Parquet if asked for); None where there is only a text."""
 
     def error(self, fault: BadLineError) -> DataError:
         """What to raise if this is no document."""
-        return DataError(f"{self.locate()}: {fault}; mend the line or pass --on-bad-line skip")
+        return DataError(f"{self.locate()}: {fault}; {fault.fix} or pass --on-bad-line skip")
 
 
 def read_documents(
-    source: Input, start: int, stop: int, text_keys: Sequence[str], scratch: str | None = None
+    source: Input,
+    start: int,
+    stop: int,
+    text_keys: Sequence[str],
+    scratch: str | None = None,
+    whole_records: bool = False,
 ) -> Iterator[Document]:
     """Documents of a part of a file; blank lines are none.
 
@@ -56,12 +66,13 @@ def read_documents(
         start, stop: see `Part`.
         text_keys: keys (JSONL) or columns (Parquet) of the texts; a text file has its text for each.
         scratch: folder for copies of very long lines; default: the system's for temporary files.
+        whole_records: read the other columns of Parquet files too.
 
     Raises:
         DataError: the file is unreadable or damaged, or a library is missing.
     """
     if source.format == "parquet":
-        yield from _read_parquet(source, start, stop, text_keys)
+        yield from _read_parquet(source, start, stop, text_keys, whole_records)
     elif source.format == "text":
         yield from _read_text_file(source, len(text_keys))
     else:
@@ -106,6 +117,7 @@ def _read_lines(
         while offset < end and (line := file.readline(LONG_BYTES)):
             number += 1
             locate = partial(_locate_line, source, offset, number)
+            place = number if source.compression else offset
             long_line = None
             if len(line) == LONG_BYTES and not line.endswith(b"\n"):
                 long_line = LongLine(line, file, scratch)
@@ -115,14 +127,15 @@ def _read_lines(
                 size, read_to = raw.tell() - read_to, raw.tell()
             if long_line is not None:
                 try:
-                    yield _parse_long(long_line, text_keys, size, locate)
+                    yield _parse_long(long_line, text_keys, size, locate, place)
                 finally:
                     long_line.close()
             elif not line.isspace():
+                record = partial(json.loads, line)
                 try:
-                    yield Document(parse_texts(line, text_keys), size, locate)
+                    yield Document(parse_texts(line, text_keys), size, locate, place=place, record=record)
                 except BadLineError as fault:
-                    yield Document((), size, locate, fault)
+                    yield Document((), size, locate, fault, place)
 
 
 def _skip_to_line_start(file: BinaryIO, start: int, end: float) -> int:
@@ -149,13 +162,15 @@ def _locate_line(source: Input, offset: int, number_in_part: int) -> str:
     return f"{source.path}:{number}"
 
 
-def _parse_long(line: LongLine, text_keys: Sequence[str], num_bytes: int, locate: Callable[[], str]) -> Document:
+def _parse_long(
+    line: LongLine, text_keys: Sequence[str], num_bytes: int, locate: Callable[[], str], place: int
+) -> Document:
     try:
         texts = parse_texts(line.reduce(), text_keys)
-        line.check()
+        line.check(but=texts)
     except BadLineError as fault:
-        return Document((), num_bytes, locate, fault)
-    return Document([_fragments_of(line, text) for text in texts], num_bytes, locate)
+        return Document((), num_bytes, locate, fault, place)
+    return Document([_fragments_of(line, text) for text in texts], num_bytes, locate, place=place)
 
 
 def _fragments_of(line: LongLine, text: str) -> str | Fragments:
@@ -218,7 +233,9 @@ def open_parquet(source: Input) -> Any:
         raise DataError(f"{source.path} is not a readable Parquet file ({error}); fetch the file again") from None
 
 
-def _read_parquet(source: Input, start: int, stop: int, text_keys: Sequence[str]) -> Iterator[Document]:
+def _read_parquet(
+    source: Input, start: int, stop: int, text_keys: Sequence[str], whole_records: bool
+) -> Iterator[Document]:
     file = open_parquet(source)
     import pyarrow
 
@@ -233,13 +250,19 @@ def _read_parquet(source: Input, start: int, stop: int, text_keys: Sequence[str]
     row = sum(file.metadata.row_group(group).num_rows for group in range(start))
     bytes_per_row = source.bytes // max(file.metadata.num_rows, 1)
     try:
-        for batch in file.iter_batches(_ROWS_PER_BATCH, row_groups=groups, columns=list(text_keys), use_threads=False):
+        wanted = None if whole_records else list(text_keys)
+        for batch in file.iter_batches(_ROWS_PER_BATCH, row_groups=groups, columns=wanted, use_threads=False):
             columns = [batch.column(names_at).to_pylist() for names_at in map(batch.schema.get_field_index, text_keys)]
-            for texts in zip(*columns, strict=True):
+            for at, texts in enumerate(zip(*columns, strict=True)):
                 locate = partial("{}: row {}".format, source.path, row)
+                place, record = row, partial(_row, batch, at) if whole_records else None
                 row += 1
                 missing = [key for key, text in zip(text_keys, texts, strict=True) if text is None]
                 fault = BadLineError(f"the value of {missing[0]!r} is null") if missing else None
-                yield Document(texts, bytes_per_row, locate, fault)
+                yield Document(texts, bytes_per_row, locate, fault, place, record)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{source.path}: damaged near row {row} ({error}); fetch the file again") from None
+
+
+def _row(batch: Any, at: int) -> dict[str, Any]:
+    return batch.slice(at, 1).to_pylist()[0]

@@ -8,6 +8,7 @@ which are compared when the units are merged.
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -30,6 +31,7 @@ OnBadLine = Literal["error", "skip"]
 _BATCH_CHARACTERS = 1 << 19
 _BATCH_DOCUMENTS = 4096
 _LONGEST_DOCUMENT = (1 << 31) - 1  # lengths are int32 in the format
+_NO_LENGTHS = np.empty(0, dtype=np.int32)
 Report = Callable[[int, int], None]
 """Is told how many bytes of input are done and how many tokens they gave."""
 
@@ -167,16 +169,17 @@ class Encoder:
         tokens = np.concatenate([*parts, self._eod[:0]], dtype=self.dtype, casting="unsafe")
         return tokens, lengths
 
-    def encode_long(self, fragments: Iterable[str], put: Callable[[np.ndarray], None]) -> int:
-        """Pass the tokens of one long document to `put`, some at a time; returns how many there are."""
-        put(self._before)
+    def encode_long(self, fragments: Iterable[str], put: Callable[[np.ndarray, int], None]) -> int:
+        """Pass the tokens of one long document to `put`, some at a time with the number of their characters; returns
+        how many there are."""
+        put(self._before, 0)
         length = len(self._before)
         for piece in cut_into_pieces(fragments, self.encode):
             (ids,) = self.encode([piece])
-            put(ids.astype(self.dtype))
+            put(ids.astype(self.dtype), len(piece))
             length += len(ids)
         end = np.concatenate([self._behind, self._eod if length + len(self._behind) else self._eod[:0]])
-        put(end)
+        put(end, 0)
         return length + len(end)
 
 
@@ -193,8 +196,8 @@ class _Unit:
 
     def add(self, document: Document) -> None:
         """Take a document on."""
-        self._bytes += document.num_bytes
         if document.fault is not None:
+            self._bytes += document.num_bytes
             self._refuse(document, document.fault)
             return
         characters, is_long = 0, False
@@ -202,6 +205,7 @@ class _Unit:
             if not isinstance(text, str):
                 is_long = True
             elif len(text) < self._encoding.min_length:
+                self._bytes += document.num_bytes
                 self._short += 1
                 return
             else:
@@ -211,6 +215,7 @@ class _Unit:
             self._flush()
             self._add_long(document)
             return
+        self._bytes += document.num_bytes
         self._documents += 1
         self._texts.append(document.texts)
         self._characters += characters
@@ -228,19 +233,29 @@ class _Unit:
         if self._texts:
             for output, texts in zip(self._outputs, zip(*self._texts, strict=True), strict=True):
                 output.add(*self._encoder.encode_documents(list(texts)))
-        tokens = sum(output.num_tokens for output in self._outputs)
-        self._report(self._bytes, tokens - self._reported_tokens)
-        self._reported_tokens = tokens
+        self._tell(self._bytes)
         self._texts, self._characters, self._bytes = [], 0, 0
+
+    def _tell(self, num_bytes: int) -> None:
+        tokens = sum(output.num_tokens for output in self._outputs)
+        self._report(num_bytes, tokens - self._reported_tokens)
+        self._reported_tokens = tokens
 
     def _add_long(self, document: Document) -> None:
         starts = [output.num_tokens for output in self._outputs]
-        none = np.empty(0, dtype=np.int32)
         lengths: list[int] = []
+        left = document.num_bytes
+
+        def put(tokens: np.ndarray, characters: int, output: _Output) -> None:
+            nonlocal left
+            output.add(tokens, _NO_LENGTHS)
+            told = min(left, characters)  # a character takes a byte or more
+            self._tell(told)
+            left -= told
+
         try:
             for output, text in zip(self._outputs, document.texts, strict=True):
-                put = _putter(output, none)
-                lengths.append(self._encoder.encode_long(_in_fragments(text), put))
+                lengths.append(self._encoder.encode_long(_in_fragments(text), partial(put, output=output)))
                 if lengths[-1] > _LONGEST_DOCUMENT:
                     raise BadLineError(f"a document of {lengths[-1]} tokens, more than the format can hold")
         except BadLineError as fault:
@@ -248,6 +263,8 @@ class _Unit:
                 output.forget_tokens(start)
             self._refuse(document, fault)
             return
+        finally:
+            self._bytes += left
         self._documents += 1
         for output, length in zip(self._outputs, lengths, strict=True):
             output.add(np.empty(0, dtype=output.dtype), np.array([length], dtype=np.int32))
@@ -256,10 +273,6 @@ class _Unit:
         if self._encoding.on_bad_line == "error":
             raise document.error(fault)
         self._bad += 1
-
-
-def _putter(output: _Output, no_lengths: np.ndarray) -> Callable[[np.ndarray], None]:
-    return lambda tokens: output.add(tokens, no_lengths)
 
 
 def _in_fragments(text: str | Fragments) -> Iterable[str]:

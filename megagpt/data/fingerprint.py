@@ -1,13 +1,12 @@
 """What tells one dataset or tokenizer from another; checkpoints keep it, so that no run goes on with another one."""
 
 import hashlib
-from pathlib import Path
 
-from megagpt.data.indexed import bin_path, idx_path
 from megagpt.data.manifest import read_manifest
+from megagpt.data.opening import dataset_file, size_of
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.plan.data_config import DataConfig
-from megagpt.storage.local import sha256_of_file
+from megagpt.storage.transfer import sha256_of
 
 
 def fingerprints(config: DataConfig) -> dict[str, str]:
@@ -27,7 +26,8 @@ def fingerprints(config: DataConfig) -> dict[str, str]:
             parts += [manifest.bin_sha256, manifest.idx_sha256]
             manifests.append(manifest)
         else:
-            parts += [str(Path(bin_path(entry.prefix)).stat().st_size), sha256_of_file(idx_path(entry.prefix))]
+            tokens, index = dataset_file(entry.prefix, ".bin"), dataset_file(entry.prefix, ".idx")
+            parts += [str(size_of(tokens)), sha256_of(index)]
     if parts:
         found["dataset"] = hashlib.sha256("/".join(parts).encode()).hexdigest()
     if manifests:

@@ -30,7 +30,9 @@ from typing import Any
 import numpy as np
 
 from megagpt.data.document_lengths import DocumentLengths
+from megagpt.data.opening import dataset_file, local_file, local_index, open_tokens, size_of
 from megagpt.errors import DataError
+from megagpt.storage.cache import Cache
 from megagpt.storage.local import publish, temporary_name
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -50,13 +52,13 @@ def dtype_for_vocabulary(vocab_size: int) -> np.dtype:
 
 
 def bin_path(prefix: str | Path) -> Path:
-    """Path of the tokens that belong to a prefix."""
-    return Path(f"{prefix}.bin")
+    """Path of the tokens that belong to a prefix, to write them."""
+    return local_file(prefix, ".bin")
 
 
 def idx_path(prefix: str | Path) -> Path:
-    """Path of the index that belongs to a prefix."""
-    return Path(f"{prefix}.idx")
+    """Path of the index that belongs to a prefix, to write it."""
+    return local_file(prefix, ".idx")
 
 
 class IndexedWriter:
@@ -158,25 +160,33 @@ class IndexedWriter:
         self.num_documents += len(lengths)
         self._num_sequences += int(np.count_nonzero(lengths)) if self._skips_empty else len(lengths)
 
+    def finish(self) -> None:
+        """Put both files on disk under temporary names; what is left for `close` needs no more space.
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        assert self._file_covers_lengths(), "lengths must cover the tokens"
+        _sync_and_close(self._file)
+        with temporary_name(self._idx).open("wb") as file:
+            self.idx_sha256 = self._write_index(file)
+            _sync_and_close(file)
+        self.bin_sha256 = self._hash.hexdigest()
+
     def close(self) -> None:
         """Put both files on disk under their final names; an old index goes first, so that it never meets new tokens.
 
         Raises:
             OSError: the disk is full or gone; nothing is left under the final names, or what was there before.
         """
-        temporary_bin, temporary_idx = temporary_name(self._bin), temporary_name(self._idx)
         try:
-            assert self._file_covers_lengths(), "lengths must cover the tokens"
-            _sync_and_close(self._file)
-            with temporary_idx.open("wb") as file:
-                self.idx_sha256 = self._write_index(file)
-                _sync_and_close(file)
+            if not self.bin_sha256:
+                self.finish()
             self._idx.unlink(missing_ok=True)
-            publish(temporary_bin, self._bin)
-            publish(temporary_idx, self._idx)
+            publish(temporary_name(self._bin), self._bin)
+            publish(temporary_name(self._idx), self._idx)
         finally:
             self.abort()
-        self.bin_sha256 = self._hash.hexdigest()
 
     def abort(self) -> None:
         """Remove the temporary files; harmless after `close`."""
@@ -234,7 +244,7 @@ def _sync_and_close(file) -> None:
 
 
 class IndexedDataset(DocumentLengths):
-    """Memory-mapped tokens and index of one prefix, checked on opening.
+    """Tokens and index of one prefix, checked on opening; memory-mapped, or read through a cache.
 
     Attributes:
         prefix: as given.
@@ -243,37 +253,37 @@ class IndexedDataset(DocumentLengths):
         num_tokens: tokens of all documents.
     """
 
-    def __init__(self, prefix: str | Path, check_rows: bool = True):
+    def __init__(
+        self, prefix: str | Path, check_rows: bool = True, cache: Cache | None = None, idx_sha256: str | None = None
+    ):
         """Open and check PREFIX.bin and PREFIX.idx.
 
         Args:
             check_rows: check each row of the index, which takes time that grows with the number of documents. False is
                 for datasets whose manifest tells that the index was once whole: header, sizes and ends are checked
                 here, and each row when it is used.
+            cache: for a dataset in an object store.
+            idx_sha256: of an index in an object store, compared when it is fetched.
 
         Raises:
             DataError: a file is missing, truncated or damaged, or the two do not belong together.
+            StorageError: the store refuses or does not answer.
         """
         self.prefix = str(prefix)
-        self._bin, self._idx = bin_path(prefix), idx_path(prefix)
+        self._bin, self._idx = dataset_file(prefix, ".bin"), dataset_file(prefix, ".idx")
         for path in (self._bin, self._idx):
             if not path.is_file():
                 raise DataError(
                     f"{path} does not exist; data.prefix is the path without .bin/.idx,"
                     " and tools/preprocess_data.py writes both files"
                 )
-        self._read_index()
+        cache = cache or Cache()
+        self._read_index(local_index(self._idx, cache, idx_sha256))
         self._check_ends()
         if check_rows:
             self._check_index()
         self.num_tokens = self._check_bin_size()
-        # An empty file cannot be mapped.
-        self._tokens = (
-            # a plain view: slices of a memmap cost more than the samples read through them
-            np.memmap(self._bin, dtype=self.dtype, mode="r").view(np.ndarray)
-            if self.num_tokens
-            else np.empty(0, dtype=self.dtype)
-        )
+        self._tokens = open_tokens(self._bin, self.dtype, self.num_tokens, cache)
 
     @property
     def document_offsets(self) -> np.ndarray:
@@ -325,9 +335,9 @@ class IndexedDataset(DocumentLengths):
             raise IndexError(f"tokens {start} to {stop} are outside the {self.num_tokens} tokens of {self.prefix}")
         return self._tokens[start:stop]
 
-    def _read_index(self) -> None:
-        size = self._idx.stat().st_size
-        with self._idx.open("rb") as file:
+    def _read_index(self, path: Path) -> None:
+        size = path.stat().st_size
+        with path.open("rb") as file:
             header = file.read(_HEADER.size)
         if header[: len(MAGIC)] != MAGIC:
             raise DataError(f"{self._idx} does not start with {MAGIC!r} but with {header[: len(MAGIC)]!r}; {_FIX}")
@@ -348,7 +358,7 @@ class IndexedDataset(DocumentLengths):
             raise DataError(f"{self._idx} has no document indices, expected at least one; {_FIX}")
         self.dtype = np.dtype(_TYPES[code])
         self.num_documents = documents - 1
-        content = np.memmap(self._idx, dtype=np.uint8, mode="r")
+        content = np.memmap(path, dtype=np.uint8, mode="r")
         at_pointers = _HEADER.size + 4 * sequences
         at_documents = at_pointers + 8 * sequences
         self._lengths = content[_HEADER.size : at_pointers].view("<i4")
@@ -389,7 +399,7 @@ class IndexedDataset(DocumentLengths):
                 raise DataError(f"{self._idx}: document {at + int(steps.argmin())} ends before it starts; {_FIX}")
 
     def _check_bin_size(self) -> int:
-        size = self._bin.stat().st_size
+        size = size_of(self._bin)
         if size != self._bytes:
             raise DataError(
                 f"{self._bin} has {size} bytes, expected {self._bytes} from {self._idx.name}:"

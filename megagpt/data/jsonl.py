@@ -18,7 +18,16 @@ except ModuleNotFoundError:  # part of the `data` extra: only faster
 
 
 class BadLineError(Exception):
-    """A line or file is no document; the message says why."""
+    """A line or file is no document.
+
+    Args:
+        why: what is wrong.
+        fix: what would help.
+    """
+
+    def __init__(self, why: str, fix: str = "mend the line"):
+        super().__init__(why)
+        self.fix = fix
 
 
 def parse_texts(line: bytes, text_keys: Sequence[str]) -> list[str]:
@@ -39,6 +48,18 @@ def parse_texts(line: bytes, text_keys: Sequence[str]) -> list[str]:
     if not _REFUSES_SURROGATES and b"\\u" in line:
         return _parse_slowly(line, text_keys)
     return texts
+
+
+def parse_string(content: str) -> str:
+    """The text of a JSON string, given without its quotes; halves of surrogate pairs stay as they are.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return _fast_loads(f'"{content}"'.encode())
+    except ValueError:
+        return json.loads(f'"{content}"')
 
 
 def _parse_slowly(line: bytes, text_keys: Sequence[str]) -> list[str]:
@@ -65,10 +86,13 @@ def texts_of(record: Any, text_keys: Sequence[str]) -> list[str]:
     for key in text_keys:
         if key not in record:
             keys = ", ".join(map(repr, list(record)[:8])) or "none"
-            raise BadLineError(f"no key {key!r} (keys: {keys})")
+            raise BadLineError(f"no key {key!r} (keys: {keys})", "name the text's key by --json-keys, mend the line")
         text = record[key]
         if not isinstance(text, str):
-            raise BadLineError(f"the value of {key!r} is not a string but {type(text).__name__}")
+            raise BadLineError(
+                f"the value of {key!r} is not a string but {type(text).__name__}",
+                "name another key by --json-keys, mend the line",
+            )
         if (fault := encoding_fault(text)) is not None:
             raise BadLineError(f"{key!r} is not valid Unicode: {fault}")
     return [record[key] for key in text_keys]

@@ -14,9 +14,9 @@ from typing import Any
 
 from megagpt.data.jsonl import BadLineError
 
-LONG_CHARACTERS = 1 << 20
+LONG_CHARACTERS = 1 << 18
 """Longer texts are cut into pieces of about this length."""
-_LARGEST_PIECES = 8
+_LARGEST_PIECES = 32
 _WINDOW = 1000
 _TRIALS = 16
 # In the order of preference: before a word, behind a line end, at a word's border.
@@ -38,7 +38,7 @@ def cut_into_pieces(fragments: Iterable[str], encode: Encode, piece_characters: 
         piece_characters: about the length of a piece; 0: `LONG_CHARACTERS`.
 
     Raises:
-        BadLineError: there is no place to cut in eight times that length.
+        BadLineError: there is no place to cut in 32 times that length.
     """
     wanted = piece_characters or LONG_CHARACTERS
     rest = ""
@@ -64,12 +64,20 @@ def _find_cut(text: str, before: int, encode: Encode) -> tuple[int, int] | None:
     """Where the left piece ends and the right one starts; both at most `before`."""
     first = max(before - 64 * _WINDOW, _WINDOW // 10, before // 2)
     for pattern in _PLACES:
-        places = [found.start() for found in pattern.finditer(text, first, before)]
-        for place in reversed(places[-_TRIALS:]):
+        for place in reversed(_last_places(pattern, text, first, before)):
             for dropped in (0, 1) if text[place] == " " else (0,):
                 if _is_safe(text, place, dropped, encode):
                     return place, place + dropped
     return None
+
+
+def _last_places(pattern: re.Pattern[str], text: str, first: int, before: int) -> list[int]:
+    """The last places of a kind between two; most often they are near the end."""
+    for start in (max(before - _WINDOW, first), first):
+        places = [found.start() for found in pattern.finditer(text, start, before)]
+        if len(places) >= _TRIALS:
+            break
+    return places[-_TRIALS:]
 
 
 def _is_safe(text: str, place: int, dropped: int, encode: Encode) -> bool:

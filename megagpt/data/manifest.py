@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import get_args
 
 from megagpt.data.files import write_whole
-from megagpt.data.indexed import bin_path, idx_path
+from megagpt.data.opening import dataset_file, local_file
 from megagpt.errors import DataError
-from megagpt.storage.local import sha256_of_file
+from megagpt.storage import Location
+from megagpt.storage.transfer import sha256_of
 
 FORMAT = 2
 
@@ -67,9 +68,9 @@ class Manifest:
             )
 
 
-def manifest_path(prefix: str | Path) -> Path:
+def manifest_path(prefix: str | Path) -> Location:
     """Path of the manifest that belongs to a prefix."""
-    return Path(f"{prefix}.json")
+    return dataset_file(prefix, ".json")
 
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
@@ -78,7 +79,7 @@ def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    write_whole(manifest_path(prefix), (json.dumps(asdict(manifest), indent=2) + "\n").encode())
+    write_whole(local_file(prefix, ".json"), (json.dumps(asdict(manifest), indent=2) + "\n").encode())
 
 
 def read_manifest(prefix: str | Path) -> Manifest | None:
@@ -86,6 +87,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 
     Raises:
         DataError: the file is damaged or of an unknown format.
+        StorageError: the store refuses or does not answer.
     """
     path = manifest_path(prefix)
     try:
@@ -123,9 +125,10 @@ def verify_files(prefix: str | Path) -> Manifest:
     manifest = read_manifest(prefix)
     if manifest is None:
         raise DataError(f"{manifest_path(prefix)} does not exist; only datasets of tools/preprocess_data.py have one")
-    for path, expected in ((bin_path(prefix), manifest.bin_sha256), (idx_path(prefix), manifest.idx_sha256)):
+    for suffix, expected in ((".bin", manifest.bin_sha256), (".idx", manifest.idx_sha256)):
+        path = dataset_file(prefix, suffix)
         try:
-            found = sha256_of_file(path)
+            found = sha256_of(path)
         except OSError as error:
             raise DataError(
                 f"{path} cannot be read ({error.strerror}); rebuild with tools/preprocess_data.py"

@@ -26,7 +26,8 @@ from megagpt.data.progress import ByteProgress
 from megagpt.data.work import DamagedWorkError, Plan, WorkFolder, plan_units
 from megagpt.data.workers import Todo, WorkerKilledError, run_here, run_in_processes
 from megagpt.errors import DataError
-from megagpt.storage.local import remove_temporary, sha256_of_file
+from megagpt.storage.local import remove_temporary
+from megagpt.storage.transfer import sha256_of
 from megagpt.tokenization.codec import Codec
 from megagpt.tokenization.gigatoken_codec import fast_codec
 from megagpt.tokenization.tokenizer import Tokenizer
@@ -103,6 +104,10 @@ def run_job(
     """
     if min(workers, threads) < 1:
         raise DataError(f"workers={workers} and threads={threads} must be 1 or more")
+    if job.min_length < 0:
+        raise DataError(f"--min-length {job.min_length} is negative; give 0 (keep all) or more characters")
+    if str(job.prefix).endswith("/"):
+        raise DataError(f"--output-prefix {job.prefix} is a folder; add a name, as {Path(job.prefix) / 'dataset'}")
     if not job.text_keys or len(set(job.text_keys)) < len(job.text_keys):
         raise DataError(f"text keys {', '.join(job.text_keys) or 'are missing'}; give each key once")
     tokenizer = Tokenizer.load(job.tokenizer)
@@ -200,7 +205,7 @@ def _same_inputs(known: Sequence[InputFile], inputs: Sequence[Input]) -> bool:
         if file.bytes != source.bytes:
             return False
         # Touched or copied: the content decides.
-        if file.modified_ns != source.modified_ns and file.sha256 != sha256_of_file(Path(source.path)):
+        if file.modified_ns != source.modified_ns and file.sha256 != sha256_of(Path(source.path)):
             return False
     return True
 
@@ -288,7 +293,8 @@ def _merge(job: Job, work: WorkFolder, plan: Plan, tokenizer: Tokenizer) -> list
             remove_temporary(bin_path(prefix), idx_path(prefix))  # of a merge that was killed
             with IndexedWriter(prefix, tokenizer.vocab_size, empty_documents_have_a_sequence=False) as writer:
                 merge_units(work, len(plan.units), key, writer, job.seed)
-                # The old manifest must not describe new files, not even for a moment.
+                writer.finish()
+                # The old manifest must not describe new files, not even for a moment; but stays if the disk is full.
                 manifests.manifest_path(prefix).unlink(missing_ok=True)
             made.append(_manifest(job, job.text_keys[key], tokenizer, writer, short, bad, files))
             manifests.write_manifest(prefix, made[-1])

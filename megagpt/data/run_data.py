@@ -3,20 +3,24 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from megagpt.data.document_samples import DocumentStream
 from megagpt.data.fill_in_middle import make_middle_filler
-from megagpt.data.indexed import IndexedDataset, bin_path
+from megagpt.data.indexed import IndexedDataset
 from megagpt.data.manifest import Manifest, read_manifest, verify_files
 from megagpt.data.marking import MarkedSample
 from megagpt.data.mixture import MixedStream, Mixture, Samples, make_mixture
+from megagpt.data.opening import dataset_file
 from megagpt.data.sample_options import marking_of, require_document_ends, require_learnt
 from megagpt.data.samples import SampleStream, split_documents, split_ranges
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import ConfigError, DataError
-from megagpt.plan.data_config import DataConfig
+from megagpt.plan.data_config import DataConfig, NamedPrefix
+from megagpt.storage import RemotePath
+from megagpt.storage.cache import Cache
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,31 @@ def open_data(config: DataConfig, vocab_size: int, seq_length: int, seed: int) -
     return RunData(train, _held_out(held_out["validation"], shares), _held_out(held_out["test"], shares))
 
 
+def open_whole(
+    entries: Sequence[NamedPrefix], config: DataConfig, vocab_size: int, seq_length: int
+) -> tuple[HeldOut, ...]:
+    """Open datasets that no run need know of, all their documents in file order, each weighed alike.
+
+    Args:
+        entries: the datasets.
+        config: names the tokenizer that they must have been made with.
+        vocab_size: model.vocab_size.
+        seq_length: tokens per sample that are predicted.
+
+    Raises:
+        DataError: a file is missing or damaged, made with another tokenizer, or shorter than one sample.
+    """
+    opened = _Opened(config.model_copy(update={"fill_in_middle": None}), vocab_size, seq_length, seed=0)
+    streams = [(entry.label, opened.stream(entry.prefix, "train", (1.0, 0.0, 0.0), shuffle=False)) for entry in entries]
+    for (_, stream), entry in zip(streams, entries, strict=True):
+        if stream is None:
+            raise DataError(
+                f"{entry.prefix} is shorter than one sample of {seq_length} tokens; give more text, or a smaller "
+                "training.seq_length"
+            )
+    return tuple(HeldOut(name, stream, 1 / len(streams)) for name, stream in streams if stream is not None)
+
+
 def damaged_datasets(config: DataConfig) -> list[str]:
     """Compare all files of a run with the checksums of their manifests, if `verify_checksums` asks for it.
 
@@ -227,7 +256,7 @@ class _Opened:
         for split, entries in splits.items():
             for entry in entries:
                 _, manifest = self._open(entry.prefix)
-                for key in (os.path.realpath(bin_path(entry.prefix)), *([manifest.bin_sha256] if manifest else [])):
+                for key in (_identity(entry.prefix), *([manifest.bin_sha256] if manifest else [])):
                     other_split, other = seen.setdefault(key, (split, entry.prefix))
                     if other_split != split:
                         raise DataError(
@@ -238,7 +267,8 @@ class _Opened:
     def _open(self, prefix: str) -> tuple[IndexedDataset, Manifest | None]:
         if prefix not in self._datasets:
             manifest = read_manifest(prefix)
-            dataset = IndexedDataset(prefix, check_rows=manifest is None)
+            sha256 = None if manifest is None else manifest.idx_sha256
+            dataset = IndexedDataset(prefix, manifest is None, cache_of(self._config), sha256)
             if manifest is not None:
                 _check_manifest(prefix, manifest, dataset, self._vocab_size)
             if self._tokenizer is not None:
@@ -246,6 +276,18 @@ class _Opened:
                 require_document_ends(self._config, dataset, manifest, self._tokenizer.eod_id)
             self._datasets[prefix] = dataset, manifest
         return self._datasets[prefix]
+
+
+def cache_of(config: DataConfig) -> Cache:
+    """The cache for datasets in object stores."""
+    folder = None if config.cache_directory is None else Path(config.cache_directory)
+    return Cache(folder, int(config.cache_gb * 1e9))
+
+
+def _identity(prefix: str) -> str:
+    """The same for two prefixes of one file."""
+    path = dataset_file(prefix, ".bin")
+    return str(path) if isinstance(path, RemotePath) else os.path.realpath(path)
 
 
 def _check_manifest(prefix: str, manifest: Manifest, dataset: IndexedDataset, vocab_size: int) -> None:

@@ -117,7 +117,7 @@ class WorkFolder:
 
     def _agree(self, rank: int, wanted: Plan) -> tuple[Plan, str]:
         """Join the ranks at work, or go on with what an ended job has left, or begin."""
-        found = self._read_plan()
+        found = self.read_plan()
         if found is not None and found.world_size != wanted.world_size:
             for other in range(found.world_size):
                 if other != rank and not self._is_free(f"rank-{other}.lock"):
@@ -141,7 +141,8 @@ class WorkFolder:
             write_whole(self.path / "plan.json", json.dumps({"format": _FORMAT, **asdict(plan)}).encode())
         return plan, notice
 
-    def _read_plan(self) -> Plan | None:
+    def read_plan(self) -> Plan | None:
+        """What is being made here; None if that is unknown."""
         try:
             content = json.loads((self.path / "plan.json").read_bytes())
             if content.pop("format") != _FORMAT:
@@ -156,7 +157,9 @@ class WorkFolder:
 
     def _clear(self) -> None:
         for path in self.path.iterdir():
-            if path.suffix != ".lock":
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.suffix != ".lock":
                 path.unlink(missing_ok=True)
 
     def is_done(self, number: int) -> bool:
@@ -269,7 +272,7 @@ class WorkFolder:
             who = "another process"
         return DataError(
             f"{self.path}: {who} is writing this dataset as rank {rank} of {world_size}; wait for it, or choose another"
-            " --output-prefix (ranks of one job need different --rank and the same --world-size)"
+            " output (ranks of one job need different --rank and the same --world-size)"
         )
 
 

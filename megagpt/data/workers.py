@@ -1,15 +1,11 @@
-"""Runs units and hashes in processes, or in this one."""
+"""Runs units and hashes in processes, or in this one (which imports nothing that only processes need)."""
 
 import json
-import multiprocessing
 import os
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megagpt.data.documents import Part
 from megagpt.data.encode import Encoder, Encoding
@@ -18,7 +14,10 @@ from megagpt.data.inputs import Input
 from megagpt.data.progress import ByteProgress
 from megagpt.data.work import Plan, WorkFolder
 from megagpt.errors import DataError
-from megagpt.storage.local import sha256_of_file
+from megagpt.storage.transfer import sha256_of
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -40,7 +39,7 @@ class _Worker:
 
     def hash(self, index: int, target: Path) -> None:
         try:
-            found = sha256_of_file(Path(self._inputs[index].path))
+            found = sha256_of(Path(self._inputs[index].path))
         except OSError as error:
             raise DataError(f"input {self._inputs[index].path} cannot be read ({error.strerror})") from None
         write_whole(target, json.dumps(found).encode(), durable=False)
@@ -69,12 +68,12 @@ class Todo:
         self.units = [number for number in own if not work.is_done(number)]
         hashes = range(rank, len(plan.inputs), plan.world_size)
         self.hashes = [index for index in hashes if not work.hash_file(index).exists()]
-        unit_bytes = _unit_bytes(plan)
-        self.total_bytes = sum(unit_bytes[number] for number in own)
-        self.left_bytes = sum(unit_bytes[number] for number in self.units)
+        sizes = unit_bytes(plan)
+        self.total_bytes = sum(sizes[number] for number in own)
+        self.left_bytes = sum(sizes[number] for number in self.units)
 
 
-def _unit_bytes(plan: Plan) -> list[int]:
+def unit_bytes(plan: Plan) -> list[int]:
     """Bytes of input of each unit; the row groups of a Parquet file count as equal."""
     parts_of_file = Counter(part.file for unit in plan.units for part in unit)
 
@@ -96,6 +95,10 @@ def run_in_processes(
         DataError: an input is unusable, or a process was killed.
         OSError: the disk is full or gone.
     """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
     # Spawned, not forked: a fork while another thread holds a lock would hang.
     context = multiprocessing.get_context("spawn")
     reports = context.SimpleQueue()
@@ -113,7 +116,9 @@ def run_in_processes(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _as_they_end(jobs: Sequence[Future], reports: Any, progress: ByteProgress) -> Iterator[Future]:
+def _as_they_end(jobs: "Sequence[Future]", reports: Any, progress: ByteProgress) -> "Iterator[Future]":
+    from concurrent.futures import FIRST_COMPLETED, wait
+
     running = set(jobs)
     while running:
         ended, running = wait(running, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
@@ -127,6 +132,8 @@ _reports: Any = None
 
 
 def _start_worker(encoding: Encoding, inputs: Sequence[Input], folder: Path, reports: Any) -> None:
+    import threading
+
     global _worker, _reports
     _worker, _reports = _Worker(encoding, inputs, folder), reports
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -134,6 +141,8 @@ def _start_worker(encoding: Encoding, inputs: Sequence[Input], folder: Path, rep
 
 def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever."""
+    import multiprocessing
+
     parent = multiprocessing.parent_process()
     assert parent is not None, "this is a worker"
     parent.join()

@@ -7,6 +7,8 @@ tensor-parallel ranks and in plain torch.
 Shapes: T tokens, H hidden size, V padded vocabulary / TP.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -14,6 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megagpt.plan.estimates import SMALLEST_CHUNK_BYTES, head_chunk_tokens
+
+CACHED_BYTES = 4 << 20
+"""fp32 logits that stay in a CPU's caches while they are worked on."""
 
 
 def head_loss(
@@ -66,20 +71,16 @@ class _HeadLoss(torch.autograd.Function):
         size = head_chunk_tokens(num_tokens, *weight_VH.shape)
         for start in range(0, num_tokens, size):
             chunk_CH = hidden_TH[start : start + size]
-            logits_CV = (chunk_CH @ weight_VH.t()).float()
-            if softcap is not None:
-                bent_CV = logits_CV.div_(softcap).tanh_()
-                logits_CV = bent_CV * softcap
-            logits_CV[:, num_real_tokens:] = float("-inf")
             labels_C = labels_T[start : start + size]
             counts_C = None if loss_tokens is None else labels_C >= 0
-            losses_C, grad_CV = _cross_entropy(logits_CV, labels_C - first_token, scale, counts_C)
-            total += losses_C.sum()
+            labels_C = labels_C - first_token
+            logits_CV = chunk_CH @ weight_VH.t()
+            for rows in _rows_at_once(logits_CV):
+                counts = None if counts_C is None else counts_C[rows]
+                total += _lose(logits_CV[rows], labels_C[rows], num_real_tokens, softcap, scale, counts)
             if grad_hidden_TH is None:
                 continue
-            if softcap is not None:
-                grad_CV *= 1 - bent_CV**2
-            grad_CV = grad_CV.to(weight_VH.dtype)
+            grad_CV = logits_CV
             grad_hidden_TH[start : start + size] = grad_CV @ weight_VH
             if ctx.needs_input_grad[1]:
                 product_VH = grad_CV.t() @ chunk_CH
@@ -112,6 +113,51 @@ def _scale(matrix: Tensor, factor: Tensor) -> None:
         return
     for rows in matrix.split(max(SMALLEST_CHUNK_BYTES // (4 * matrix.shape[1]), 1)):
         rows.copy_(rows.float() * factor)
+
+
+def _rows_at_once(logits_CV: Tensor) -> Iterator[slice]:
+    """Tokens whose logits are turned into gradients in one go.
+
+    On a CPU as many as its caches hold, as each pass over them is as fast as the memory that they lie in. All, where
+    each go has its price: on a GPU, and where tensor-parallel ranks talk about it.
+    """
+    num_tokens, vocabulary = logits_CV.shape
+    is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
+    size = num_tokens if is_split or logits_CV.is_cuda else max(CACHED_BYTES // (4 * vocabulary), 1)
+    for start in range(0, num_tokens, size):
+        yield slice(start, start + size)
+
+
+def _lose(
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    num_real_tokens: int,
+    softcap: float | None,
+    scale: float,
+    counts_C: Tensor | None = None,
+) -> Tensor:
+    """Sum of the losses, in fp32; `scale` x their gradients take the place of the logits.
+
+    Args:
+        logits_CV: this rank's part of the vocabulary, padding included, in the type of the weights.
+        labels_C: token ids counted from this rank's first.
+        num_real_tokens: columns that are no padding.
+        softcap: soft cap of the logits.
+        scale: factor of the gradients.
+        counts_C: False for tokens without loss and gradient; None: all count.
+    """
+    wide_CV = logits_CV.float()
+    if softcap is None:
+        bent_CV = None
+    else:
+        bent_CV = wide_CV.div_(softcap).tanh_()
+        wide_CV = bent_CV * softcap
+    wide_CV[:, num_real_tokens:] = float("-inf")
+    losses_C, grad_CV = _cross_entropy(wide_CV, labels_C, scale, counts_C)
+    if bent_CV is not None:
+        grad_CV *= 1 - bent_CV**2
+    logits_CV.copy_(grad_CV)  # in fp32 mostly itself
+    return losses_C.sum()
 
 
 def _cross_entropy(

@@ -1,8 +1,11 @@
 """Normalisation usable in sequence-parallel regions (Megatron-Core's torch norm refuses those)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class Norm(nn.Module):
@@ -37,9 +40,39 @@ class Norm(nn.Module):
         return self._normalise(hidden.float(), 1 + self.weight.float(), bias).to(hidden.dtype)
 
     def _normalise(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.is_rms and hidden.device.type == "cpu":
+            return _RMSNorm.apply(hidden, weight, self.eps)
         if self.is_rms:
             return F.rms_norm(hidden, self.shape, weight, self.eps)
         return F.layer_norm(hidden, self.shape, weight, bias, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm on the CPU, where torch has no kernel of it and makes it up from twice as many passes over the tensor.
+
+    As torch does, it computes in fp32 at least, and keeps its input and one number per row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        mean_square = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=dtype).square_()
+        factor = mean_square.div_(hidden.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(hidden, weight, factor)
+        return (hidden.to(dtype) * factor).mul_(weight.to(dtype)).to(hidden.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, factor = ctx.saved_tensors
+        dtype = factor.dtype
+        normed, wide_weight = hidden.to(dtype) * factor, weight.to(dtype)
+        grad = grad.to(dtype)  # first: operators are slow on operands of two types
+        product = grad * normed
+        along_normed = (product @ (wide_weight / hidden.shape[-1])).unsqueeze(-1)
+        grad_weight = product.flatten(0, -2).sum(0)
+        grad_hidden = (grad * wide_weight).addcmul_(normed, along_normed, value=-1).mul_(factor)
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None
 
 
 class HeadNorm(Norm):

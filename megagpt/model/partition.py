@@ -77,6 +77,23 @@ class Partition:
             full = full[:rows]
         return full
 
+    def views(self, full: Tensor, rank: int, size: int, padded_rows: int) -> list[Tensor]:
+        """Where a rank's shard lies in a full tensor that is cut: its parts, one after the other along `dim`, are
+        copied to these views; rows of padding beyond them have no place.
+
+        Args:
+            full: the whole tensor, vocabulary not padded.
+            rank: tensor-parallel rank.
+            size: tensor-parallel size.
+            padded_rows: rows of a vocabulary tensor after padding.
+        """
+        assert self.dim is not None, "every rank holds all of it"
+        if self.vocabulary:
+            share = padded_rows // size
+            return [full[rank * share : (rank + 1) * share]]
+        halves = full.chunk(2, self.dim) if self.gated and size > 1 else [full]
+        return [half.chunk(size, self.dim)[rank] for half in halves]
+
 
 def partition_of(name: str, gated_mlp: bool) -> Partition:
     """The partition of a parameter by its canonical name.

@@ -19,7 +19,8 @@ class Launch:
     master_addr: str
     master_port: int
     launcher: str
-    """Who started the process: `mpirun`, `mpirun (MPICH)`, `torchrun or deepspeed`, `srun` or `single process`."""
+    """Who started the process: `mpirun`, `mpirun (MPICH)`, `mpirun (MVAPICH)`, `torchrun`, `deepspeed`, `torchrun or
+    deepspeed` (or whoever sets RANK), `srun` or `single process`."""
 
     def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
         """Set the variables that torch.distributed and DeepSpeed read."""
@@ -35,6 +36,7 @@ class Launch:
 _LAUNCHERS = (
     ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("torchrun or deepspeed", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    ("mpirun (MVAPICH)", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_SIZE"),
     # Intel MPI's and MPICH's mpirun. srun with a PMI plugin sets PMI_RANK too, but no MPI_LOCALRANKID.
     ("mpirun (MPICH)", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
     ("srun", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
@@ -60,8 +62,18 @@ def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
             raise LaunchError(f"{rank_key}={rank} is outside 0 ... {size_key}-1={world_size - 1}; check the launcher")
         if launcher == "torchrun or deepspeed":
             _refuse_exported_ranks(environ, rank, world_size)
-        return Launch(rank, local_rank, world_size, *find_master(environ, launcher, world_size), launcher)
+        master = find_master(environ, launcher, world_size)
+        return Launch(rank, local_rank, world_size, *master, _by_name(launcher, environ))
     return Launch(0, 0, 1, LOOPBACK, free_port(), "single process")
+
+
+def _by_name(launcher: str, environ: Mapping[str, str]) -> str:
+    """Which of those that set RANK it was, if that can be told."""
+    if launcher != "torchrun or deepspeed":
+        return launcher
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return "torchrun"
+    return "deepspeed" if "CROSS_RANK" in environ else launcher
 
 
 def _refuse_exported_ranks(environ: Mapping[str, str], rank: int, world_size: int) -> None:

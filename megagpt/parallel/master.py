@@ -4,11 +4,15 @@ Every rank works both out by itself, from variables that are the same in all ran
 no rank can ask another one before they have met.
 """
 
+import contextlib
 import hashlib
+import os
 import re
+import socket
 from collections.abc import Mapping
 
 from megagpt.errors import LaunchError
+from megagpt.parallel.interface import addresses
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 29500
@@ -90,13 +94,18 @@ def _address(environ: Mapping[str, str], launcher: str, world_size: int) -> str:
     if world_size == 1:
         return LOOPBACK
     if launcher.startswith("mpirun"):
-        sizes = {"mpirun": ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE")}
+        sizes = {
+            "mpirun": ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE"),
+            "mpirun (MVAPICH)": ("MV2_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_SIZE"),
+        }
         local, whole = sizes.get(launcher, ("MPI_LOCALNRANKS", "PMI_SIZE"))
         if environ.get(local, "") == environ.get(whole):
             return LOOPBACK
         if environ.get("SLURM_JOB_NODELIST"):  # mpirun fills the hosts of an allocation in their order
             return expand_hostlist(environ["SLURM_JOB_NODELIST"])[0]
-        advice = "start it as `mpirun -x MASTER_ADDR=HOST ...` with the first host's name"
+        if environ is os.environ and (told := _told_by_mpi()) is not None:
+            return told
+        advice = "install mpi4py, or start it as `mpirun -x MASTER_ADDR=HOST ...` with the first host's name"
     elif launcher == "srun":
         key = next((key for key in _HOSTLISTS if environ.get(key)), None)
         hosts = expand_hostlist(environ[key]) if key is not None else []
@@ -108,6 +117,30 @@ def _address(environ: Mapping[str, str], launcher: str, world_size: int) -> str:
     else:
         advice = "set it to the host of rank 0"
     raise LaunchError(f"MASTER_ADDR is not set, and {launcher} does not tell on which host rank 0 runs; {advice}")
+
+
+def _told_by_mpi() -> str | None:
+    """Rank 0's address, which it tells the others through MPI; None without mpi4py. Collective."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False  # MPI is needed for this question alone
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):  # the latter: there is no MPI library
+        return None
+    MPI.Init()
+    told = MPI.COMM_WORLD.bcast(_own_address() if MPI.COMM_WORLD.Get_rank() == 0 else None)
+    MPI.Finalize()
+    return str(told)
+
+
+def _own_address() -> str:
+    """That which this host's name stands for, unless only this host knows it by that; else one of an interface."""
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(socket.gethostname())
+        if not address.startswith("127."):
+            return address
+    return next((address for address in addresses().values() if not address.startswith("127.")), LOOPBACK)
 
 
 def _port(environ: Mapping[str, str], launcher: str) -> int:

@@ -4,8 +4,8 @@ Megatron-Core asks torch.cuda for the current device, for the random state of th
 without CUDA these questions have an answer of the same meaning: the CPU, its random state and its only stream. With
 these few functions replaced, the very same model code runs on gloo ranks. On a CUDA host nothing is touched.
 
-Where torch's matrix product is slow on the host's processor, a faster one takes its place, and freed memory is used
-again: see `cpu_kernels` and `cpu_memory`.
+Where torch's matrix product or attention is slow on the host's processor, a faster one takes its place, and freed
+memory is used again: see `cpu_kernels`, `cpu_attention` and `cpu_memory`.
 """
 
 import importlib
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megagpt.parallel.cpu_attention import attend_with_onednn, torchs_attention_is_slow
 from megagpt.parallel.cpu_kernels import mkl_is_slow, multiply_with_onednn
 from megagpt.parallel.cpu_memory import keep_freed_memory
 
@@ -45,6 +46,8 @@ def support_hosts_without_cuda() -> None:
     keep_freed_memory()
     if mkl_is_slow():
         multiply_with_onednn()
+    if torchs_attention_is_slow():
+        attend_with_onednn()
 
 
 class _CpuStream(torch.cpu.Stream):

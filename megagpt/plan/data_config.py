@@ -73,7 +73,8 @@ class DataConfig(Section):
     """Where the tokens come from."""
 
     prefix: str | None = None
-    """Dataset as written by tools/preprocess_data.py: the path without .bin/.idx."""
+    """Dataset as written by tools/preprocess_data.py: the path without .bin/.idx. It may be the URL of an object store
+    (s3://BUCKET/NAME, and what else fsspec knows)."""
     datasets: Annotated[tuple[DatasetConfig, ...], Strict(False)] = ()
     """Several datasets that are mixed, instead of `prefix`; a list of sections. Without weights each has a share that
     grows with its size."""
@@ -115,6 +116,12 @@ class DataConfig(Section):
     pipeline-parallel ranks; `all`: every rank that needs samples reads them itself."""
     verify_checksums: bool = False
     """Read all files at each start, and stop if one is not as its manifest says (bit rot, a file put in its place)."""
+    cache_directory: str | None = None
+    """Folder on a disk of each host for parts of datasets in object stores, which its processes share; null: one in the
+    system's folder for temporary files."""
+    cache_gb: Annotated[float, Field(gt=0)] = 20.0
+    """Most that these parts take there; a dataset that does not fit is fetched again and again. Its index is kept, too,
+    and not counted."""
 
     @property
     def mixed(self) -> tuple[DatasetConfig, ...]:

@@ -5,6 +5,8 @@ from itertools import pairwise
 
 from megagpt.plan.config import RunConfig
 from megagpt.plan.data_config import DataConfig
+from megagpt.storage import RemotePath, location
+from megagpt.storage.filesystem import problem_of
 
 SMALLEST_SHARE = 1e-6
 """Finding the place in a mixture costs 1 / (smallest share) steps of about a microsecond at each start."""
@@ -20,6 +22,7 @@ def check_data(run: RunConfig) -> list[str]:
         *_check_stages(run),
         *_check_fill_in_middle(data),
         *_check_sample_options(data),
+        *_check_places(data),
     ]
 
 
@@ -62,6 +65,19 @@ def _check_names(data: DataConfig) -> list[str]:
                     f"data.{key}: prefix={entry.prefix} is used twice, but no document may be in two splits; give "
                     "another dataset, or use data.split"
                 )
+    return problems
+
+
+def _check_places(data: DataConfig) -> list[str]:
+    """What is known of URLs without access."""
+    problems = []
+    for key, entries in (("datasets", data.mixed), ("validation", data.validation), ("test", data.test)):
+        for entry in entries:
+            place = location(entry.prefix)
+            if isinstance(place, RemotePath) and (problem := problem_of(place.url)):
+                problems.append(f"data.{'prefix' if data.prefix == entry.prefix else key}: {problem}")
+    if data.cache_directory is not None and isinstance(location(data.cache_directory), RemotePath):
+        problems.append(f"data.cache_directory={data.cache_directory} is in an object store; give a local folder")
     return problems
 
 

@@ -63,13 +63,8 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     Raises:
         ConfigError: the file cannot be read, or any key or value is wrong; all problems are reported at once.
     """
-    tree = _read_yaml_mapping(Path(path))
-    problems = []
-    for override in overrides:
-        try:
-            _apply_override(tree, override)
-        except ConfigError as error:
-            problems += error.problems
+    tree = read_yaml_mapping(Path(path))
+    problems = _apply_overrides(tree, overrides)
     source = f"{path} with the command line's overrides" if overrides else str(path)
     return _build(tree, source=source, problems=problems)
 
@@ -85,6 +80,18 @@ def run_config_from_dict(tree: dict[str, Any], source: str = "run config") -> Ru
         ConfigError: any key or value is wrong; all problems are reported at once.
     """
     return _build(copy.deepcopy(tree), source=source, problems=[])
+
+
+def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of an in-memory tree with `section.key=value` texts applied; values are read as YAML.
+
+    Raises:
+        ConfigError: an override is malformed; all problems are reported at once.
+    """
+    changed = copy.deepcopy(tree)
+    if problems := _apply_overrides(changed, overrides):
+        raise ConfigError(problems)
+    return changed
 
 
 def preset_names() -> list[str]:
@@ -104,7 +111,7 @@ def load_preset(preset: str) -> dict[str, Any]:
         ConfigError: there is no such preset, or its file cannot be read or names a preset itself.
     """
     if "/" in preset or preset.endswith((".yaml", ".yml")):
-        keys = _read_yaml_mapping(Path(preset))
+        keys = read_yaml_mapping(Path(preset))
         source = preset
     else:
         shipped = preset_names()
@@ -115,7 +122,7 @@ def load_preset(preset: str) -> dict[str, Any]:
             )
         source = f"preset {preset}"
         text = resources.files("megagpt").joinpath("presets", f"{preset}.yaml").read_text(encoding="utf-8")
-        keys = _parse_yaml(text, source)
+        keys = parse_yaml(text, source)
     if "preset" in keys:
         raise ConfigError(f"{source}: a preset cannot name a preset (preset={keys['preset']!r}); remove that key")
     return keys
@@ -199,17 +206,27 @@ def _expand_init_from(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "model": merged}
 
 
-def _read_yaml_mapping(path: Path) -> dict[str, Any]:
+def read_yaml_mapping(path: Path) -> dict[str, Any]:
+    """What a YAML file holds.
+
+    Raises:
+        ConfigError: it cannot be read, or is not YAML that holds a mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    return _parse_yaml(text, str(path))
+    return parse_yaml(text, str(path))
 
 
-def _parse_yaml(text: str, source: str) -> dict[str, Any]:
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """What a YAML text holds; nothing is an empty mapping.
+
+    Raises:
+        ConfigError: it is not YAML that holds a mapping.
+    """
     try:
         tree = yaml.load(text, Loader=RunYamlLoader)  # a SafeLoader: builds plain values only
     except yaml.YAMLError as error:
@@ -229,8 +246,23 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return f"{place}{problem}"
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value` in the raw tree, in place."""
+def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Set `section.key=value` overrides in the raw tree, in place; what is wrong with any of them."""
+    problems = []
+    for override in overrides:
+        try:
+            apply_override(tree, override)
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in the raw tree, in place.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):

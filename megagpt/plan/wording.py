@@ -81,7 +81,7 @@ def _describe_finding(finding: ErrorDetails, tree: dict[str, Any]) -> str | None
         return f"{key}: unknown key; {_hint_for_unknown_key(location)}"
     if finding["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key}={finding['input']!r} must be a section with keys of its own"
-    return f"{key}={finding['input']!r} must be {_rule(finding)}"
+    return f"{key}={finding['input']!r} must be {rule_of(finding)}"
 
 
 def _is_written(location: tuple[int | str, ...], tree: dict[str, Any]) -> bool:
@@ -132,7 +132,7 @@ def _keys_of(section: Any) -> Sequence[str]:
     return list(section.model_fields)
 
 
-def _rule(finding: ErrorDetails) -> str:
+def rule_of(finding: ErrorDetails) -> str:
     """The rule of one finding, to follow the words `must be`."""
     context = finding.get("ctx", {})
     kind = finding["type"]

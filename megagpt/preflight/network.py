@@ -85,7 +85,8 @@ def judge_links(links: list[Link], num_hosts: int) -> list[Finding]:
         for link in slow
     ]  # fmt: skip
     if not findings:
-        findings.append(ok("network", f"{len(links)} links between {num_hosts} hosts, {median:,.0f} Mbit/s over TCP"))
+        counted = f"{len(links)} links" if len(links) > 1 else "1 link"
+        findings.append(ok("network", f"{counted} between {num_hosts} hosts, {median:,.0f} Mbit/s over TCP"))
     skewed = [link for link in fine if abs(link.skew) > LARGEST_SKEW]
     findings += [
         warning("clocks", f"{link.target} is {link.skew:+.1f} s off {link.source}", "synchronise clocks (chrony)")

@@ -2,8 +2,9 @@
 
 import contextlib
 import os
+import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from megagpt.errors import MegagptError, StorageError
@@ -29,11 +30,9 @@ def protocol_of(url: str) -> str:
 
 def problem_of(url: str) -> str | None:
     """Why nothing can be kept at a URL, found out without any access; None if nothing is in the way."""
-    protocol, _, rest = url.partition("://")
-    if "@" in rest.partition("/")[0]:
-        return f"{protocol}://... holds credentials, which do not belong into a URL; give them in the environment"
-    if not rest.strip("/"):
-        return f"{url} names no bucket; give {protocol}://BUCKET/FOLDER"
+    protocol = protocol_of(url)
+    if problem := _wrong_form(url):
+        return problem
     try:
         import fsspec
     except ImportError:
@@ -47,6 +46,13 @@ def problem_of(url: str) -> str | None:
     return None
 
 
+def _wrong_form(url: str) -> str | None:
+    protocol, _, rest = url.partition("://")
+    if "@" in rest.partition("/")[0]:
+        return f"{protocol}://... holds credentials, which do not belong into a URL; give them in the environment"
+    return None if rest.strip("/") else f"{url} names no bucket; give {protocol}://BUCKET/FOLDER"
+
+
 def _install(protocol: str) -> str:
     extra = EXTRAS.get(protocol)
     return f"pip install 'megagpt[{extra}]'" if extra else f"install fsspec and its package for {protocol}://"
@@ -58,11 +64,11 @@ def filesystem(url: str) -> Any:
     Raises:
         StorageError: the protocol is unknown, or its package is not installed.
     """
-    key = os.getpid(), protocol_of(url)
+    key = os.getpid(), protocol_of(url)  # of this process: threads that serve requests do not survive a fork
     with _lock:
+        if problem := _wrong_form(url) if key in _known else problem_of(url):
+            raise StorageError(problem)
         if key not in _known:
-            if problem := problem_of(url):
-                raise StorageError(problem)
             import fsspec
 
             with worded(url):
@@ -92,10 +98,35 @@ def call(url: str, method: str, *args: Any, **options: Any) -> Any:
         StorageError: the store refuses, is not there, or does not answer.
     """
     target = filesystem(url)
-    if target.async_impl:  # others know no such option
-        options["timeout"] = WHOLE_SECONDS
     with worded(url):
-        return getattr(target, method)(*args, **options)
+        if target.async_impl:
+            return getattr(target, method)(*args, **options, timeout=WHOLE_SECONDS)
+        return within(WHOLE_SECONDS, lambda: getattr(target, method)(*args, **options))
+
+
+def within(seconds: float, action: Callable[[], Any]) -> Any:
+    """Do something, but wait for its end no longer than that: a client may wait for ever where its own limits do not
+    reach (for S3's `100 Continue`, for one).
+
+    Raises:
+        TimeoutError: it has not ended; its thread is left to itself.
+    """
+    ended: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            ended.put((action(), None))
+        except BaseException as error:
+            ended.put((None, error))
+
+    threading.Thread(target=run, name="storage", daemon=True).start()
+    try:
+        result, error = ended.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return result
 
 
 @contextlib.contextmanager

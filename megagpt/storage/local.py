@@ -1,11 +1,8 @@
 """Local files which are either whole or absent: written under a temporary name, flushed to disk, then renamed."""
 
 import glob
-import hashlib
 import os
 from pathlib import Path
-
-_CHUNK_BYTES = 1 << 20
 
 
 def sync_path(path: Path) -> None:
@@ -63,16 +60,3 @@ def write_whole(path: Path, content: bytes, durable: bool = True) -> None:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's content as 64 hexadecimal digits.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

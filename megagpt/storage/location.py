@@ -68,6 +68,12 @@ class RemotePath:
         """Bytes of a file."""
         return int(call(self.url, "info", self.url)["size"])
 
+    def version(self) -> str:
+        """What changes when a file is replaced, as far as the store tells."""
+        told = call(self.url, "info", self.url)
+        names = ("size", "ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "created")
+        return repr([(name, str(told[name])) for name in names if told.get(name) is not None])
+
     def read_bytes(self) -> bytes:
         """All of a file."""
         return bytes(call(self.url, "cat_file", self.url))

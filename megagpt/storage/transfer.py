@@ -1,12 +1,14 @@
 """Large files, local or in an object store: reading parts of them into memory, and writing them in one go."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from megagpt.storage.filesystem import call, filesystem, worded
+from megagpt.storage import filesystem
+from megagpt.storage.filesystem import call, within, worded
 from megagpt.storage.location import Location, RemotePath
 
 _LOCAL_BYTES = 1 << 20
@@ -19,6 +21,8 @@ _AHEAD_BYTES = 2 << 20
 """Read at least, where small reads follow each other."""
 _MOST_PARTS = 9000
 """S3 knows 10,000 parts of a file."""
+_DISCARD_SECONDS = 10.0
+"""Wait for a store to forget a file that could not be written: it may be why."""
 
 
 class Ranges(Protocol):
@@ -121,6 +125,24 @@ class RemoteRanges:
         self._ahead = 0, b""
 
 
+def sha256_of(path: Location) -> str:
+    """SHA-256 of a file's content as 64 hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+        StorageError: the store refuses or does not answer.
+    """
+    ranges, digest, done = open_ranges(path), hashlib.sha256(), 0
+    memory = memoryview(bytearray(min(ranges.chunk_bytes, max(ranges.size, 1))))
+    try:
+        while count := ranges.read_into(memory, done):
+            digest.update(memory[:count])
+            done += count
+    finally:
+        ranges.close()
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def upload(path: RemotePath, size: int) -> Iterator[Callable[[memoryview], int]]:
     """What writes to a file in an object store, from its start on; it is there once the block has ended, or not at all.
@@ -133,19 +155,26 @@ def upload(path: RemotePath, size: int) -> Iterator[Callable[[memoryview], int]]
         StorageError: the store refuses or does not answer.
     """
     part = max(2 * _REQUEST_BYTES, -(-size // _MOST_PARTS))
-    with worded(path.url):
-        file = filesystem(path.url).open(path.url, "wb", block_size=part)
+    pending = bytearray()
+
+    def send(action: Callable[[], Any]) -> None:
+        with worded(path.url):
+            within(filesystem.WHOLE_SECONDS, action)
 
     def write(data: memoryview) -> int:
-        with worded(path.url):
-            return file.write(data)
+        pending.extend(data)
+        if len(pending) >= part:
+            send(lambda: file.write(pending))
+            pending.clear()
+        return len(data)
 
+    with worded(path.url):
+        file = filesystem.filesystem(path.url).open(path.url, "wb", block_size=part)
     try:
         yield write
-        with worded(path.url):
-            file.close()
+        send(lambda: (file.write(pending), file.close()))
     except BaseException:
         with contextlib.suppress(Exception):  # the first error counts; the next save has the parts forgotten
-            file.discard()
+            within(_DISCARD_SECONDS, file.discard)
         file.closed = True  # or its end would publish what there is of it
         raise

@@ -56,7 +56,8 @@ class Verdict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
-    """`failed` (a rank raised an error), `lost` (a rank is gone or frozen) or `stuck` (no rank goes on)."""
+    """`failed` (a rank raised an error), `unreliable` (a device or transfer erred silently), `lost` (a rank is gone or
+    frozen) or `stuck` (no rank goes on)."""
     by: int
     """The rank that wrote it."""
     text: str

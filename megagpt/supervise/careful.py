@@ -153,9 +153,10 @@ class CarefulSteps:
 
     def _compare_copies(self) -> str | None:
         # Before an update, which would give all of them the same weights again. Which copy is right nobody knows.
-        if (problem := differing_replicas(self.engine.parameters, self.ranks)) is not None:
+        if (found := differing_replicas(self.engine.parameters, self.ranks)) is not None:
+            problem, suspects = found
             raise UnreliableError(
-                f"{problem}: a device or a transfer errs silently; the last checkpoint is from before"
+                f"{problem}: a device or a transfer errs silently; the last checkpoint is from before", suspects
             )
         return None
 

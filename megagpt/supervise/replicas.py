@@ -18,8 +18,9 @@ from megagpt.parallel.ranks import Ranks
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def differing_replicas(parameters: Mapping[str, Any], ranks: Ranks) -> str | None:
-    """Which ranks' copy of which parameter differs from the others', in words; the same on all ranks. Collective.
+def differing_replicas(parameters: Mapping[str, Any], ranks: Ranks) -> tuple[str, dict[int, str]] | None:
+    """Which ranks' copy of which parameter differs from the others', in words, and the hosts by these ranks; the same
+    on all ranks. Collective.
 
     Args:
         parameters: this rank's, by name; those that ZeRO 3 cuts have no copies and are left out.
@@ -37,7 +38,8 @@ def differing_replicas(parameters: Mapping[str, Any], ranks: Ranks) -> str | Non
     odd_ranks = sorted({rank for _, odd in named for rank in odd})
     where = ", ".join(f"rank {rank} on {hosts[rank][0]}" for rank in odd_ranks)
     names = ", ".join(dict.fromkeys(name for name, _ in named))
-    return f"the weights of {where} differ from those of their data-parallel copies ({names})"
+    text = f"the weights of {where} differ from those of their data-parallel copies ({names})"
+    return text, {rank: hosts[rank][0] for rank in odd_ranks}
 
 
 def _differences(shared: Mapping[str, Any], ranks: Ranks) -> list[tuple[str, list[int]]]:

@@ -43,7 +43,7 @@ def newest_step(run: RunConfig) -> int:
     return next((step for step, folder in sorted(numbers, reverse=True) if (folder / "manifest.sha256").exists()), 0)
 
 
-def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.environ) -> None:
+def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.environ) -> str:
     """Note a start, unless the job has been started too often without getting on.
 
     Args:
@@ -51,11 +51,14 @@ def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.enviro
         most_idle: starts in a row from the same step that are allowed.
         environ: of the batch file.
 
+    Returns:
+        What has ended the start before, if its ranks knew: a job whose first host is lost cannot print it any more.
+
     Raises:
         LaunchError: this would be one too many.
     """
     if run.checkpoint.directory is None:
-        return
+        return ""
     path, step = location(run.checkpoint.directory) / RECORD, newest_step(run)
     idle = _idle_starts(path, _chain(environ), step)
     if idle >= most_idle:
@@ -63,15 +66,17 @@ def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.enviro
             f"{path}: the last {idle} starts of this job all began at step {step} and ended before they had saved "
             "anything more; look at what they printed, mend it and submit again"
         )
+    verdict = _verdict_of_last_start(run)
     line = Start(job=_chain(environ), step=step, time=time.time()).model_dump_json() + "\n"
     if isinstance(path, RemotePath):  # which cannot grow, but is replaced at once; one batch file writes it
         path.write_bytes((path.read_bytes() if path.exists() else b"") + line.encode())
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    return f"the start before this one was ended: {verdict.text}" if verdict else ""
 
 
 def end(run: RunConfig, most_idle: int, status: int, environ: Mapping[str, str] = os.environ) -> tuple[int, str]:
@@ -134,18 +139,24 @@ def _starts(path: Location) -> list[Start]:
 
 def _bad_hosts(run: RunConfig, environ: Mapping[str, str]) -> list[str]:
     """Hosts that the last verdict of this start holds responsible, if it is not all of them."""
-    parent = run.shared_folder
-    if parent is None:
-        return []
-    assert run.checkpoint.directory is not None, "the caller has a checkpoint directory"
-    verdicts = sorted(Path(parent).glob(f"{FOLDER}/*/"))
-    verdict = BeatFolder(verdicts[-1]).verdict() if verdicts else None
-    starts = _starts(location(run.checkpoint.directory) / RECORD)
-    is_old = verdict is None or not starts or verdicts[-1].stat().st_mtime < starts[-1].time
-    if verdict is None or is_old or not _blames_host(verdict):
+    verdict = _verdict_of_last_start(run)
+    if verdict is None or not _blames_host(verdict):
         return []
     num_nodes = int(environ.get("SLURM_NNODES", "1"))
     return verdict.hosts if len(verdict.hosts) < num_nodes or num_nodes == 1 else []
+
+
+def _verdict_of_last_start(run: RunConfig) -> Verdict | None:
+    """Why the ranks of the last start that was noted have ended it, if they have."""
+    parent = run.shared_folder
+    if parent is None:
+        return None
+    assert run.checkpoint.directory is not None, "the caller has a checkpoint directory"
+    folders = sorted(Path(parent).glob(f"{FOLDER}/*/"))
+    verdict = BeatFolder(folders[-1]).verdict() if folders else None
+    starts = _starts(location(run.checkpoint.directory) / RECORD)
+    is_old = verdict is None or not starts or folders[-1].stat().st_mtime < starts[-1].time
+    return None if is_old else verdict
 
 
 def _blames_host(verdict: Verdict) -> bool:
@@ -164,7 +175,9 @@ def _resubmit(job: str, bad: list[str], environ: Mapping[str, str]) -> str | Non
                   fields.get("Partition", "")).split()  # fmt: skip
     if len(set(usable) - set(excluded)) < int(environ.get("SLURM_NNODES", "1")) or not command:
         return None
-    options = [f"--exclude={','.join(excluded)}", f"--nodes={environ.get('SLURM_NNODES', '1')}"]
+    # Not beside the old job, which Slurm itself starts again if it finds the node lost before this process has ended.
+    options = [f"--exclude={','.join(excluded)}", f"--nodes={environ.get('SLURM_NNODES', '1')}",
+               f"--dependency=afterany:{job}"]  # fmt: skip
     for option, field in (("time", "TimeLimit"), ("partition", "Partition"), ("account", "Account"), ("qos", "QOS"),
                           ("job-name", "JobName"), ("output", "StdOut"), ("chdir", "WorkDir")):  # fmt: skip
         if fields.get(field, "(null)") not in ("(null)", "N/A", ""):
@@ -175,6 +188,8 @@ def _resubmit(job: str, bad: list[str], environ: Mapping[str, str]) -> str | Non
             options.append(f"--{option}={environ[variable]}")
     variables = {**environ, "MEGAGPT_CHAIN": _chain(environ)}
     told = _ask("sbatch", "--parsable", *options, *command.split(), environ=variables).strip()
+    if told:
+        _ask("scontrol", "update", f"JobId={job}", "Requeue=0")
     return f"job {told}" if told else None
 
 

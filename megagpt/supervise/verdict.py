@@ -56,6 +56,16 @@ def find_culprits(ranks: Sequence[Seen]) -> list[tuple[Seen, Seen | None]]:
     return sorted(found.values(), key=lambda pair: (_GRAVITY[pair[0].condition], pair[0].beat.rank))
 
 
+def find_stuck_transfers(ranks: Sequence[Seen]) -> list[tuple[Seen, Seen]]:
+    """Pairs of ranks of which each waits for the other: what one sends does not arrive."""
+    pairs = []
+    for rank in ranks:
+        other = _awaited(rank, ranks)
+        if other is not None and rank.beat.rank < other.beat.rank and _awaited(other, ranks) is rank:
+            pairs.append((rank, other))
+    return pairs
+
+
 def _awaited(rank: Seen, ranks: Sequence[Seen]) -> Seen | None:
     """The rank that one waits for, None if it waits for nobody."""
     if rank.condition != "alive":
@@ -100,9 +110,15 @@ def explain(ranks: Sequence[Seen], stacks: str) -> tuple[str, list[Seen]]:
     """
     still_for = min((rank.beat.still_for for rank in ranks if rank.condition == "alive"), default=0.0)
     sentences = [f"no rank has made progress for {still_for:.0f} s"]
-    found = find_culprits(ranks)
-    waited_for = [pair for pair in found if pair[1] is not None or pair[0].condition != "alive"]
-    if not waited_for:
+    transfers = find_stuck_transfers(ranks)
+    in_transfer = [rank for pair in transfers for rank in pair]
+    waited_for = [
+        (culprit, waiting)
+        for culprit, waiting in find_culprits(ranks)
+        if culprit not in in_transfer and (waiting is not None or culprit.condition != "alive")
+    ]
+    sentences += _transfer_sentences(transfers)
+    if not waited_for and not transfers:
         phases = ", ".join(sorted({str(rank.beat.phase) for rank in ranks}))
         sentences.append(
             f"all ranks are in the same place ({phases}), so that none holds up the others: look at the network "
@@ -113,7 +129,24 @@ def explain(ranks: Sequence[Seen], stacks: str) -> tuple[str, list[Seen]]:
         sentences.append(_sentence(culprit, waiting))
     if len(waited_for) > 4:
         sentences.append(f"{len(waited_for) - 4} more ranks hold up others")
-    return _joined(sentences, stacks), [culprit for culprit, _ in waited_for]
+    return _joined(sentences, stacks), [*in_transfer, *(culprit for culprit, _ in waited_for)]
+
+
+def _transfer_sentences(transfers: Sequence[tuple[Seen, Seen]]) -> list[str]:
+    """One for each pair of hosts; one pair of ranks stands for all between them."""
+    by_hosts: dict[tuple[str, ...], list[tuple[Seen, Seen]]] = {}
+    for pair in transfers:
+        by_hosts.setdefault(tuple(sorted({rank.beat.host for rank in pair})), []).append(pair)
+    sentences = []
+    for hosts, pairs in list(by_hosts.items())[:4]:
+        one, other = pairs[0]
+        more = f" (and so do {len(pairs) - 1} more pairs of ranks there)" if len(pairs) > 1 else ""
+        where = f"the network between {' and '.join(hosts)}" if len(hosts) > 1 else f"how processes of {hosts[0]} talk"
+        sentences.append(
+            f"{one.name} ({one.beat.phase}, {one.place}) and {other.name} ({other.beat.phase}, {other.place}) wait for "
+            f"each other{more}, so that what one sends does not reach the other: look at {where}"
+        )
+    return sentences
 
 
 def describe_lost(rank: Seen) -> str:

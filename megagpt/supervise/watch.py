@@ -96,7 +96,7 @@ def _worded(error: Exception, plan: Plan, ranks: Ranks, watchdog: Watchdog | Non
         _failed(watchdog, f"{name}: {error}", error.exit_code)
         return RankError(f"{name}: {error}", error.exit_code)
     if isinstance(error, UnreliableError) and watchdog is not None:
-        watchdog.failed(f"{name}: {error}", error.exit_code)
+        watchdog.failed(str(error), error.exit_code, error.suspects)
     if isinstance(error, MegagptError):  # raised by all ranks together
         return error
     if _LOST_PEER.search(text):

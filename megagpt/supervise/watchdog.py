@@ -108,12 +108,23 @@ class Watchdog:
             with contextlib.suppress(OSError):
                 self._beat()
 
-    def failed(self, text: str, exit_code: int) -> Verdict:
-        """Pass the verdict that this rank has met an error; returns the one that holds, which may be another rank's."""
+    def failed(self, text: str, exit_code: int, unreliable: dict[int, str] | None = None) -> Verdict:
+        """Pass the verdict that this rank has met an error; returns the one that holds, which may be another rank's.
+
+        Args:
+            text: what to say.
+            exit_code: of the process.
+            unreliable: if it is none of this rank's own: hosts by the ranks that have erred silently, as far as known.
+        """
+        guilty = {self.place.rank: self._host} if unreliable is None else unreliable
         verdict = Verdict(
-            kind="failed", by=self.place.rank, text=text, culprits=[self.place.rank], hosts=[self._host],
+            kind="failed" if unreliable is None else "unreliable",
+            by=self.place.rank,
+            text=text,
+            culprits=sorted(guilty),
+            hosts=sorted(set(guilty.values())),
             exit_code=exit_code,
-        )  # fmt: skip
+        )
         return self.folder.pass_verdict(verdict)
 
     def verdict_within(self, seconds: float) -> Verdict | None:

@@ -5,6 +5,7 @@ document of many is encoded twice while it is used, and texts in which an added 
 known to differ) go to the reference. Its cache of words grows without bound; it is made anew when it has grown.
 """
 
+import ctypes
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ class GigatokenCodec:
         self._starts = _common_starts(reference.added_texts)
         self._since_check = 0
         self._renew()
+        self._limit = _resident_bytes() + _LARGEST_GROWTH_BYTES
 
     def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
         """See `Codec` and `encode_arrays`."""
@@ -84,22 +86,29 @@ class GigatokenCodec:
         import gigatoken
 
         self._encode: Any = None  # the old one goes before the new one comes
+        _give_freed_memory_back()
         self._encode = gigatoken.Tokenizer.from_json(self._content).backend.encode
         self._seen = 0
-        self._limit = _resident_bytes() + _LARGEST_GROWTH_BYTES
 
 
 def _common_starts(tokens: Iterable[str]) -> list[str]:
-    """What tokens begin with, as long as possible (which is faster to look for), one for all that share two characters."""
+    """What tokens begin with (the longer, the faster to look for), one for all that share two characters."""
     groups: dict[str, list[str]] = {}
     for token in tokens:
         groups.setdefault(token[:2], []).append(token)
-    return sorted(os.path.commonprefix(group) for group in groups.values())
+    return sorted(os.path.commonprefix(group) for group in groups.values())  # noqa: RUF071  # texts, not paths
 
 
 def _resident_bytes() -> int:
     with open("/proc/self/statm", "rb") as file:
         return int(file.read().split()[1]) * _PAGE_BYTES
+
+
+def _give_freed_memory_back() -> None:
+    """Else the C library keeps it, scattered, and what is resident seems to grow with each new cache."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(ctypes.c_size_t(0))
 
 
 def fast_codec(tokenizer: Tokenizer, probe: Sequence[str]) -> tuple[Codec | None, str]:

@@ -8,7 +8,6 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -317,14 +316,10 @@ def _add_gradients(parameters: list[nn.Parameter], masters: list[nn.Parameter], 
 def _batches(plan: Plan, ranks: Ranks | None = None) -> Iterator[MicroBatch]:
     """A data-parallel rank's micro-batches, from the first sample on, read by each rank itself; None: of one rank."""
 
-    def sum_over_replicas(number: int) -> int:
-        total = torch.tensor(number, device=ranks.device) if ranks is not None else torch.tensor(number)
-        if ranks is not None and ranks.data_size > 1:
-            dist.all_reduce(total, group=ranks.data_group)
-        return int(total)
-
     data_rank, data_size = (0, 1) if ranks is None else (ranks.data_rank, ranks.data_size)
-    marks = Marks(plan.run.data.marks_documents, plan.run.data.masks_loss, sum_over_replicas)
+    marks = Marks(
+        plan.run.data.marks_documents, plan.run.data.masks_loss, int if ranks is None else ranks.sum_over_replicas
+    )
     return train_batches(
         sample_stream(plan),
         first_sample=0,

@@ -1,7 +1,9 @@
 #!/bin/bash
 # A throw-away Slurm + ssh/pdsh + Open MPI cluster inside one machine, for the tests of this folder.
 #   cluster.sh up | down | status | run HOST CMD... | kill-node HOST | heal-node HOST | cut-link HOST | join-link HOST
-# Each "host" (head, node1, node2) is one process tree in its own net, UTS, IPC, mount and PID namespace:
+#              | stop-slurmd HOST | start-slurmd HOST
+# TC_NODES names the nodes ("node1 node2"). $TC_DIR/disk is a file system of its own, of TC_DISK_MB, that all hosts share
+# and this machine does not see. Each "host" (head, node1, node2, ...) is one process tree in its own net, UTS, IPC, mount and PID namespace:
 #   net   head owns a bridge, nodes have eth0 on it; 10.77.0.0/24, NO default route, never joined to the real eth0
 #   uts   real distinct hostnames (torchelastic, Open MPI and DeepSpeed all key on them)
 #   mount private /etc/hosts, /root/.ssh, /run, /dev/shm, /etc/resolv.conf; the rest of / is the "shared filesystem"
@@ -35,16 +37,26 @@ host_init() { # runs as PID 1 of a new host: args HOST
   mount --bind "$TC_DIR/etc_hosts" /etc/hosts; mount --bind "$d/resolv.conf" /etc/resolv.conf
   mkdir -p /root/.ssh; mount --bind "$TC_DIR/ssh" /root/.ssh
   local i=0 s stage=(); for s in $TC_SHARE; do case $s in /tmp/*)              # node-local /tmp, with holes for shared dirs
-    mkdir -p "/run/stage$i"; mount --bind "$s" "/run/stage$i"; stage+=("$s"); i=$((i+1));; esac; done
+    mkdir -p "/run/stage$i"; mount --rbind "$s" "/run/stage$i"; stage+=("$s"); i=$((i+1));; esac; done
   mount --bind "$d/tmp" /tmp; chmod 1777 /tmp; i=0
   for s in "${stage[@]}"; do mkdir -p "$s"; mount --move "/run/stage$i" "$s"; i=$((i+1)); done
   ip link set lo up
   mv "$TC_DIR/$h.init.new" "$TC_DIR/$h.init"
   sleep "${TC_TTL:-7200}" & wait $!        # bash as PID 1 reaps orphans; leaving here (a forgotten cluster's TTL) ends the host
 }
+hold_disk() { # a process whose mount namespace has the shared disk; the hosts' are made from it
+  mount -t tmpfs -o size="${TC_DISK_MB:-64}m" tmpfs "$TC_DIR/disk"
+  read -r outer _ < /proc/self/stat
+  echo "$outer $(starttime "$outer")" > "$TC_DIR/disk.init.new"; mv "$TC_DIR/disk.init.new" "$TC_DIR/disk.init"
+  exec sleep "${TC_TTL:-7200}"
+}
+start_disk() {
+  mkdir -p "$TC_DIR/disk"; rm -f "$TC_DIR/disk.init"
+  setsid unshare --mount --propagation private "$SELF" __disk </dev/null >"$TC_DIR/disk.log" 2>&1 &
+  disown; wait_for 100 alive disk; }
 start_host() {
   local h=$1; mkdir -p "$TC_DIR/hosts/$h"/{spool,tmp}; : > "$TC_DIR/hosts/$h/resolv.conf"; rm -f "$TC_DIR/$h.init"
-  setsid unshare --net --uts --ipc --mount --pid --fork --propagation private \
+  setsid nsenter -t "$(alive disk)" -m --wdns="$PWD" -- unshare --net --uts --ipc --mount --pid --fork --propagation private \
     "$SELF" __init "$h" </dev/null >"$TC_DIR/hosts/$h/init.log" 2>&1 &
   disown; wait_for 100 alive "$h"; }
 plug() { # connect a node to head's bridge (run again after a node was re-created)
@@ -53,10 +65,14 @@ plug() { # connect a node to head's bridge (run again after a node was re-create
   nsenter -t "$(alive head)" -n ip link add "v$h" type veth peer name eth0 netns "$p"
   nsenter -t "$(alive head)" -n ip link set "v$h" master br0 up
   inhost "$h" ip addr add "$(ip_of "$h")/24" dev eth0; inhost "$h" ip link set eth0 up; }
+start_slurmd() {
+  local h=$1
+  inhost "$h" env -i PATH="$PATH" HOME=/root USER=root SLURM_CONF="$SLURM_CONF" slurmd -L "$TC_DIR/hosts/$h/slurmd.log"; }
+stop_slurmd() { inhost "$1" kill -9 "$(inhost "$1" cat /run/slurmd.pid)"; }  # its children, the steps, live on
 start_node() {
   local h=$1; start_host "$h"; plug "$h"
   inhost "$h" /usr/sbin/sshd -f "$TC_DIR/sshd_config"
-  inhost "$h" env -i PATH="$PATH" HOME=/root USER=root SLURM_CONF="$SLURM_CONF" slurmd -L "$TC_DIR/hosts/$h/slurmd.log"; }
+  start_slurmd "$h"; }
 kill_host() { # SIGKILL a host's PID 1: the kernel then ends all of its PID namespace and frees its net namespace
   local p; p=$(alive "$1") || { rm -f "$TC_DIR/$1.init"; return 0; }
   kill -9 "$p"; wait_for 100 test ! -e "/proc/$p"; rm -f "$TC_DIR/$1.init"; }
@@ -118,9 +134,10 @@ write_config() {
 	C
 }
 nodes_idle() { [ "$(inhost head sinfo -h -N -t idle -o %N | sort -u | wc -l)" = "${#NODES[@]}" ]; }
+all_alive() { local h; for h in head "${NODES[@]}"; do alive "$h" >/dev/null || return 1; done; }
 up() {
-  if alive head >/dev/null && alive node1 >/dev/null && alive node2 >/dev/null; then echo "already up"; return; fi
-  down; write_config; start_host head
+  if all_alive; then echo "already up"; return; fi
+  down; write_config; start_disk; start_host head
   inhost head ip link add br0 type bridge; inhost head ip addr add "$(ip_of head)/24" dev br0; inhost head ip link set br0 up
   inhost head /usr/sbin/sshd -f "$TC_DIR/sshd_config"
   inhost head munged --key-file="$TC_DIR/munge/key" --socket="$TC_DIR/munge/socket" --pid-file="$TC_DIR/munge/pid" \
@@ -128,10 +145,11 @@ up() {
   inhost head env -i PATH="$PATH" SLURM_CONF="$SLURM_CONF" slurmctld -c
   for h in "${NODES[@]}"; do start_node "$h"; done
   wait_for 300 nodes_idle; }
-down() { for h in "${NODES[@]}" head; do kill_host "$h"; done; rm -rf "$TC_DIR"/{state,hosts,munge/socket*}; }   # logs, keys and config stay
+down() { for h in "${NODES[@]}" head disk; do kill_host "$h"; done; rm -rf "$TC_DIR"/{state,hosts,munge/socket*}; }   # logs, keys and config stay
 
 case ${1:-} in
   __init) host_init "$2";;
+  __disk) hold_disk;;
   up) up;;
   down) down;;
   status) for h in head "${NODES[@]}"; do echo "$h $(alive "$h" || echo down)"; done; inhost head sinfo -N -l || :;;
@@ -139,6 +157,8 @@ case ${1:-} in
   kill-node) inhost "$2" ip link set eth0 down || :; kill_host "$2";;      # power loss: link first, so peers get no FIN/RST
   heal-node) start_node "$2";;
   cut-link) inhost "$2" ip link set eth0 down;;                            # cable pulled, processes live on
+  stop-slurmd) stop_slurmd "$2";;
+  start-slurmd) start_slurmd "$2";;
   join-link) inhost "$2" ip link set eth0 up;;
   *) sed -n '3p' "$SELF"; exit 2;;
 esac

@@ -16,12 +16,12 @@ class Weights:
     def __init__(self, weights):
         self.weights = weights
 
-    def full(self, name):
+    def full(self, name, *, out):
         assert name not in ("embedding.word_embeddings.weight", "head.weight"), "never the whole of it"
-        return self.weights[name].clone()
+        return out.copy_(self.weights[name])
 
-    def vocabulary_rows(self, name, first, last):
-        return self.weights[name][first:last].clone()
+    def vocabulary_rows(self, name, first, last, out):
+        return out.copy_(self.weights[name][first:last])
 
 
 def differences() -> dict[str, float]:

@@ -170,7 +170,7 @@ def test_faults_of_long_lines_are_named_or_skipped(bad, tokenizer, tmp_path, sma
 
 def test_a_text_that_cannot_be_cut_is_named_or_skipped(tokenizer, tmp_path, small_bounds):
     (tmp_path / "a.txt").write_text("many words " * 50)
-    (tmp_path / "b.txt").write_text("x" * 30000)
+    (tmp_path / "b.txt").write_text("x" * 120000)
     (tmp_path / "c.txt").write_bytes(b"good words " * 400 + b"\xff" + b" good words" * 400)
     paths = [tmp_path / f"{name}.txt" for name in "abc"]
     with pytest.raises(DataError, match=r"b\.txt: \d+ characters of a long text without a place to cut"):

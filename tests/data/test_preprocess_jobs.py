@@ -1,5 +1,6 @@
 """Jobs: killed, continued, shared out over ranks, locked, complete already, changed."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -115,6 +116,22 @@ def test_killed_in_the_merge(corpus, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin", "d.idx", "d.json"]
 
 
+def test_a_full_disk_does_not_harm_the_old_dataset(corpus, tmp_path, monkeypatch):
+    import megagpt.data.preprocess as module
+
+    old = run_job(job(corpus, tmp_path))
+
+    def fill(self, file):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(module.IndexedWriter, "_write_index", fill)
+        with pytest.raises(DataError, match="No space left on device"):
+            run_job(job(corpus, tmp_path, append_eod=False, overwrite=True))
+    assert run_job(job(corpus, tmp_path)) == old
+    assert same_files(tmp_path / "d", corpus / "whole")
+
+
 def test_a_full_disk_keeps_what_is_done(corpus, tmp_path, monkeypatch):
     from megagpt.data import encode
 
@@ -134,6 +151,26 @@ def test_a_full_disk_keeps_what_is_done(corpus, tmp_path, monkeypatch):
     assert len([*(tmp_path / "d.work").glob("0*.json")]) == 4
     run_job(job(corpus, tmp_path))
     assert same_files(tmp_path / "d", corpus / "whole")
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [("00000001.0.tokens", 3), ("00000001.0.lengths", 0), ("00000001.json", 0), ("input-00000000.json", 0)],
+)
+def test_what_a_crash_of_the_machine_has_emptied_is_made_anew(corpus, tmp_path, name, keep, seed):
+    """Units are not waited for until they are on the disk."""
+    wanted = job(corpus, tmp_path, seed=seed)
+    for rank in (0, 1):
+        assert run_job(wanted, ranks=JobRank(rank, 3)) == []
+    os.truncate(tmp_path / "d.work" / name, keep)
+    with pytest.raises(DataError, match=r"is not as it was written .*; start again to do this part anew"):
+        run_job(wanted, ranks=JobRank(2, 3))
+    assert not bin_path(tmp_path / "d").exists()
+    units = {path.name for path in (tmp_path / "d.work").glob("0*.json")}
+    run_job(wanted)
+    assert len(units) > 3
+    assert same_files(tmp_path / "d", corpus / ("whole" if seed is None else "shuffled"))
 
 
 def test_a_complete_dataset_is_left_alone(corpus, tmp_path, capsys):
@@ -173,6 +210,23 @@ def test_files_of_unknown_origin_are_not_replaced(corpus, tmp_path):
     assert bin_path(tmp_path / "d").read_bytes() == b"precious"
     run_job(job(corpus, tmp_path, overwrite=True))
     assert same_files(tmp_path / "d", corpus / "whole")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_length": -5}, "--min-length -5 is negative"),
+        ({"prefix": "folder/"}, "--output-prefix .*folder/ is a folder; add a name, as .*folder/dataset"),
+        ({"text_keys": ("body",)}, r"a\.jsonl:1: no key 'body' \(keys: 'text'\); name the text's key by --json-keys"),
+    ],
+)
+def test_options_that_cannot_be(corpus, tmp_path, options, message):
+    (tmp_path / "folder").mkdir()
+    if "prefix" in options:
+        options = {"prefix": f"{tmp_path}/{options['prefix']}"}
+    with pytest.raises(DataError, match=message):
+        run_job(dataclasses.replace(job(corpus, tmp_path), **options))
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
 
 
 def test_two_jobs_or_a_rank_twice(corpus, tmp_path):

@@ -93,9 +93,9 @@ def saved_bytes(compute, exclude: set[int] = frozenset()) -> int:
 
 
 def layer_bytes(plan) -> float:
-    """Memory that the second layer keeps, on this rank, as it is where norm and dropout are fused kernels.
+    """Memory that the second layer keeps, on this rank, as it is where dropout is a fused kernel.
 
-    The CPU's rms_norm keeps fp32 copies of its input, and the CPU's dropout a mask of the input's type instead of bool.
+    The CPU's dropout keeps a mask of the input's type instead of bool.
     """
     from megagpt.engine import build_engine
     from megagpt.parallel.launch import detect_launch
@@ -107,10 +107,6 @@ def layer_bytes(plan) -> float:
     hidden = torch.randn(sequence, plan.microbatch_size, plan.model.hidden_size, dtype=torch.bfloat16)
     hidden.requires_grad_()
     total = saved_bytes(lambda: layer(hidden), parameters)
-    weight = torch.ones(hidden.shape[-1:], dtype=hidden.dtype, requires_grad=True)
-    if plan.model.normalization == "RMSNorm":
-        normalise = lambda: F.rms_norm(hidden, weight.shape, weight)  # noqa: E731
-        total -= 2 * (saved_bytes(normalise, {weight.data_ptr()}) - hidden.nbytes)
     if plan.model.hidden_dropout > 0:
         total -= 2 * (saved_bytes(lambda: F.dropout(hidden, plan.model.hidden_dropout)) - hidden.numel())
     return total

@@ -39,6 +39,7 @@ def found(
     from megagpt.parallel.ranks import start_ranks, start_single_process
 
     module.head_chunk_tokens = lambda *_: tokens_per_chunk
+    module.CACHED_BYTES = 7 * 4 * PADDED  # some rows at a time, the last time fewer
     ranks = start_ranks(tiny_plan(tp=2), detect_launch()) if tensor_size > 1 else start_single_process()
     hidden, weight, labels = example(dtype)
     rows = PADDED // tensor_size

@@ -58,6 +58,15 @@ def test_shards_join_to_the_whole(name, gated, size):
     whole = torch.arange(rows * (8 if name.endswith("weight") else 1)).reshape(rows, -1).float() + 1
     shards = [partition.shard(whole, rank, size, padded) for rank in range(size)]
     assert torch.equal(partition.join(shards, rows), whole)
+    if partition.dim is not None:
+        copy = torch.zeros_like(whole)
+        for rank, shard in enumerate(shards):
+            views = partition.views(copy, rank, size, padded or rows)
+            begin = 0
+            for view in views:
+                view.copy_(shard.narrow(partition.dim, begin, view.shape[partition.dim]))
+                begin += view.shape[partition.dim]
+        assert torch.equal(copy, whole)
     assert len({shard.shape for shard in shards}) == 1
     elements = sum(shard.numel() for shard in shards)
     if partition.dim is None:

@@ -10,6 +10,7 @@ MPIRUN = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_
 BATCH = {"SLURM_JOB_ID": "45678", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
 SRUN = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
 MPICH = {"PMI_RANK": "6", "MPI_LOCALRANKID": "2", "PMI_SIZE": "8", "MPI_LOCALNRANKS": "4"}
+MVAPICH = {"MV2_COMM_WORLD_RANK": "5", "MV2_COMM_WORLD_LOCAL_RANK": "1", "MV2_COMM_WORLD_SIZE": "8"}
 MASTER = {"MASTER_ADDR": "node1"}
 
 
@@ -17,6 +18,9 @@ MASTER = {"MASTER_ADDR": "node1"}
     ("environ", "expected"),
     [
         (TORCHRUN, ("torchrun or deepspeed", 3, 1, 4, "node1", 1234)),
+        ({**TORCHRUN, "TORCHELASTIC_RUN_ID": "1"}, ("torchrun", 3, 1, 4, "node1", 1234)),
+        ({**TORCHRUN, "CROSS_RANK": "1", "CROSS_SIZE": "2"}, ("deepspeed", 3, 1, 4, "node1", 1234)),
+        ({**MVAPICH, **MASTER, "MASTER_PORT": "99"}, ("mpirun (MVAPICH)", 5, 1, 8, "node1", 99)),
         ({**MPIRUN, **MASTER, "MASTER_PORT": "99"}, ("mpirun", 2, 0, 4, "node1", 99)),
         ({**SRUN, **MASTER}, ("srun", 5, 1, 8, "node1", 25678)),
         # mpirun inside a Slurm allocation: each rank sees the batch script's SLURM_PROCID=0
@@ -31,7 +35,18 @@ MASTER = {"MASTER_ADDR": "node1"}
         ({**MPIRUN, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, ("mpirun", 0, 0, 1, "127.0.0.1", 29500)),
     ],
     ids=[
-        *("torchrun", "mpirun", "srun", "mpirun in Slurm", "torchrun in Slurm", "MPICH", "MPICH in Slurm"),
+        *(
+            "by hand",
+            "torchrun",
+            "deepspeed",
+            "MVAPICH",
+            "mpirun",
+            "srun",
+            "mpirun in Slurm",
+            "torchrun in Slurm",
+            "MPICH",
+            "MPICH in Slurm",
+        ),
         *("srun with PMI", "one rank"),
     ],
 )
@@ -63,7 +78,7 @@ def test_a_single_process(environ):
             SRUN,
             "MASTER_ADDR is not set, and srun does not tell on which host rank 0 runs; export it in the batch script",
         ),
-        (MPIRUN, "MASTER_ADDR is not set, and mpirun does not tell on which host rank 0 runs; start it as `mpirun -x"),
+        (MPIRUN, "MASTER_ADDR is not set, and mpirun does not tell on which host rank 0 runs; install mpi4py, or"),
         (
             {**SRUN, **MASTER, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8"},
             "RANK=0 contradicts SLURM_PROCID=5, although srun has started one task per rank (SLURM_NTASKS=8)",

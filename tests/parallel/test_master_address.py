@@ -1,8 +1,15 @@
 """Every rank finds the same meeting point from its own variables, and says so clearly where it cannot."""
 
+import os
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
 import pytest
 
 from megagpt.errors import LaunchError
+from megagpt.parallel import master
 from megagpt.parallel.launch import detect_launch
 from megagpt.parallel.master import DEFAULT_PORT, expand_hostlist, find_master
 
@@ -138,3 +145,40 @@ def test_mpirun_inside_an_allocation_starts_on_its_first_host() -> None:
     assert find_master(environ, "mpirun", 4)[0] == "node7"
     mpich = {"PMI_RANK": "0", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "4"}
     assert find_master(mpich, "mpirun (MPICH)", 4)[0] == "127.0.0.1"
+
+
+def test_mpirun_over_hosts_asks_mpi_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for mpi4py: rank 0's word is what all others get."""
+    said: list[str | None] = []
+    calls: list[str] = []
+
+    class World:
+        def __init__(self, rank: int):
+            self.Get_rank = lambda: rank
+
+        def bcast(self, value: str | None) -> str | None:
+            said.append(value)
+            return said[0]
+
+    mpi4py: Any = ModuleType("mpi4py")
+    mpi4py.rc = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "mpi4py", mpi4py)
+    monkeypatch.setattr(master, "_own_address", lambda: "10.0.0.7")
+    for rank in (0, 3):
+        mpi4py.MPI = SimpleNamespace(
+            COMM_WORLD=World(rank), Init=lambda: calls.append("init"), Finalize=lambda: calls.append("finalize")
+        )
+        environ = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "MASTER"))}
+        with mock.patch.dict(os.environ, environ | mpi_process(rank, 4, 2), clear=True):
+            assert detect_launch().master_addr == "10.0.0.7"
+    assert said == ["10.0.0.7", None]
+    assert calls == ["init", "finalize"] * 2
+    assert mpi4py.rc.initialize is False
+
+
+def test_the_own_address_is_one_that_other_hosts_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(master, "addresses", lambda: {"lo": "127.0.0.1", "eth0": "10.0.0.5"})
+    monkeypatch.setattr(master.socket, "gethostbyname", lambda name: "127.0.1.1")
+    assert master._own_address() == "10.0.0.5"
+    monkeypatch.setattr(master.socket, "gethostbyname", lambda name: "10.1.0.5")
+    assert master._own_address() == "10.1.0.5"

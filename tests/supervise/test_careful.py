@@ -117,6 +117,8 @@ def test_a_flipped_bit_in_one_copy_ends_the_run_before_it_spreads(undisturbed, d
         run_ranks(train_with, 4, plan, "flip", (4,))
     words = "UnreliableError: the weights of rank 1 on .*, rank 3 on .* differ from those of their data-parallel copies"
     assert re.search(rf"{words} \(embedding.word_embeddings.weight\)", str(failure.value)), "two copies: no majority"
+    (verdict,) = (json.loads(path.read_text()) for path in tmp_path.rglob("verdict.json"))
+    assert (verdict["kind"], verdict["culprits"]) == ("unreliable", [1, 3])
     run_ranks(train_with, 4, plan, "", ())
     assert curve(tmp_path) == undisturbed
 

@@ -22,6 +22,7 @@ STAND_INS = {
     "sbatch": 'printf "%s\\n" "$@" >>submitted; echo "chain $MEGAGPT_CHAIN" >>submitted; echo 78',
     "sinfo": "printf 'node1\\nnode2\\nnode3\\n'",
     "scontrol": """
+        if [[ $1 == update ]]; then echo "$@" >>updated; exit; fi
         if [[ $1 == requeue ]]; then echo "$@" >>requeued; exit; fi
         if [[ $* == *hostnames* ]]; then echo "${@: -1}" | tr , '\\n'; exit; fi
         echo "JobId=77 JobName=mega Account=(null) QOS=normal ExcNodeList=${EXCLUDED:-(null)} TimeLimit=01:00:00" \\
@@ -52,7 +53,7 @@ class Job:
     def save(self, step: int) -> None:
         path = self.folder / "checkpoints" / f"step-{step:08d}"
         path.mkdir(parents=True)
-        (path / "manifest.json").touch()
+        (path / "manifest.sha256").touch()
 
     def verdict(self, kind: str, hosts: list[str], text: str = "") -> None:
         folder = BeatFolder(self.folder / "logs" / "watchdog" / f"start-{kind}")
@@ -130,6 +131,7 @@ def test_the_node_that_failed_is_left_out(job: Job, monkeypatch: pytest.MonkeyPa
         "--parsable",
         "--exclude=node2",
         "--nodes=2",
+        "--dependency=afterany:77",
         "--time=01:00:00",
         "--partition=main",
         "--qos=normal",
@@ -141,6 +143,15 @@ def test_the_node_that_failed_is_left_out(job: Job, monkeypatch: pytest.MonkeyPa
         "chain 77",
     ]
     assert job.said("requeued") == []
+    assert job.said("updated") == ["update JobId=77 Requeue=0"]  # or Slurm might start it, too
+
+
+def test_the_next_start_tells_what_has_ended_the_one_before(job: Job) -> None:
+    assert begin(job.run, 3, job.environ) == ""
+    job.verdict("lost", ["node1"], "rank 0 on node1 does not run any more")
+    told = begin(job.run, 3, job.environ)
+    assert told == "the start before this one was ended: rank 0 on node1 does not run any more"
+    assert begin(job.run, 3, job.environ) == ""  # it was another start's
 
 
 def test_without_enough_other_nodes_the_job_keeps_its_own(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,21 @@ def test_equal_ranks_point_at_the_network() -> None:
     assert "look at the network between their hosts" in text
 
 
+def test_ranks_that_wait_for_each_other_point_at_the_network_between_their_hosts() -> None:
+    ranks = [
+        *(seen(rank, Phase.SEND_ACTIVATION) for rank in range(4)),
+        *(seen(rank, Phase.RECEIVE_ACTIVATION) for rank in range(4, 8)),
+    ]
+    text, culprits = explain(ranks, "stacks")
+    assert sorted(culprit.beat.rank for culprit in culprits) == list(range(8))
+    assert text == (
+        "no rank has made progress for 63 s; rank 0 on node1 (sending an activation, stage 0, step 12, micro-batch 3) "
+        "and rank 4 on node2 (waiting for an activation, stage 1, step 12, micro-batch 3) wait for each other (and so "
+        "do 3 more pairs of ranks there), so that what one sends does not reach the other: look at the network between "
+        "node1 and node2. Python stacks of all ranks: stacks"
+    )
+
+
 def test_the_rank_that_has_not_finished_its_step_holds_up_those_that_sum() -> None:
     ranks = [seen(rank, Phase.UPDATE, microbatch=None) for rank in range(8) if rank != 6]
     text, culprits = explain([*ranks, seen(6, Phase.BACKWARD, 30)], "stacks")

@@ -18,6 +18,17 @@ def test_every_side_is_measured():
     assert re.search(r"missed: smoke, bf16|all goals met", result.stdout)
 
 
+def test_start_up_is_measured():
+    command = [sys.executable, "tools/bench/start_up.py", "--rounds", "1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode in (0, 1), result.stderr
+    found = re.findall(r"^│ ([\w., /-]+?) +│ +([\d.]+) │ +[\d.]+ x │ +([\d.]+) │$", result.stdout, re.M)
+    seconds = {name: float(cpu) for name, cpu, _ in found}
+    assert len(seconds) == 5
+    assert seconds["megagpt.train, one step"] > seconds["import torch"], "a step needs torch"
+    assert max(seconds["tools/plan.py"], seconds["megagpt.train --help"]) < seconds["import torch"], "these do not"
+
+
 def test_saves_and_restores_are_measured(tmp_path):
     command = f"tools/bench/checkpoint.py --size smoke --rounds 1 --directory {tmp_path}"
     result = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=200)

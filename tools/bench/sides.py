@@ -53,8 +53,25 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class Stopwatch:
+    """Seconds of wall clock and of this process's CPU time (user and system, all threads) since it was made."""
+
+    def __init__(self) -> None:
+        synchronise()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
+
+    def figures(self) -> dict[str, float]:
+        """What one answer tells, by name."""
+        synchronise()
+        return {
+            "seconds": time.perf_counter() - self._started,
+            "cpu_seconds": time.process_time() - self._cpu_started,
+            "peak_bytes": peak_bytes(),
+        }
+
+
 def serve(talk: Conversation, step: Callable[[int], Any]) -> None:
-    """Run `step(index)` as often as asked and answer with the seconds that it took, until the input ends.
+    """Run `step(index)` as often as asked and answer with the time that it took, until the input ends.
 
     Args:
         talk: where requests come from.
@@ -62,14 +79,11 @@ def serve(talk: Conversation, step: Callable[[int], Any]) -> None:
     """
     index = 0
     for count in talk.requests():
-        synchronise()
-        started = time.perf_counter()
+        watch = Stopwatch()
         for _ in range(count):
             step(index)
             index += 1
-        synchronise()
-        seconds = time.perf_counter() - started
-        talk.answer(seconds=seconds, peak_bytes=peak_bytes())
+        talk.answer(**watch.figures())
 
 
 def run_megagpt(talk: Conversation, size_name: str, precision: str) -> None:
@@ -210,19 +224,16 @@ def run_trainer(talk: Conversation, size_name: str, precision: str) -> None:
     class Pace(TrainerCallback):
         requests = talk.requests()
         left = 0
-        started: float | None = None
+        watch: Stopwatch | None = None
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if self.left == 0:
-                if self.started is not None:
-                    synchronise()
-                    seconds = time.perf_counter() - self.started
-                    talk.answer(seconds=seconds, peak_bytes=peak_bytes())
+                if self.watch is not None:
+                    talk.answer(**self.watch.figures())
                 self.left = next(self.requests, 0)
                 if self.left == 0:  # the benchmark has ended
                     sys.exit(0)
-                synchronise()
-                self.started = time.perf_counter()
+                self.watch = Stopwatch()
             self.left -= 1
 
     model = llama(size)

@@ -39,6 +39,7 @@ class Side:
     process: subprocess.Popen
     log: TextIO
     seconds_per_step: list[float] = field(default_factory=list)
+    cpu_seconds_per_step: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     parameters: int = 0
 
@@ -69,6 +70,7 @@ class Side:
         self.peak_bytes = answer["peak_bytes"]
         if not warm_up:
             self.seconds_per_step.append(answer["seconds"] / steps)
+            self.cpu_seconds_per_step.append(answer["cpu_seconds"] / steps)
 
     def end(self) -> None:
         """Close its input, upon which it leaves."""
@@ -116,24 +118,29 @@ def measure(size: str, precision: str, threads: int, rounds: int, steps: int) ->
     return sides
 
 
+def median_ratio(theirs: list[float], ours: list[float]) -> float:
+    """Median over turns of their time by ours: both sides of a turn have met the same speed of the machine."""
+    return statistics.median(their / our for their, our in zip(theirs, ours, strict=True))
+
+
 def report(console: Console, title: str, size: Size, sides: list[Side]) -> list[str]:
     """Print a table; returns one line per goal that is missed."""
     table = Table(title=title, title_justify="left")
-    table.add_column("side")
-    for column in ("tokens/s median", "best", "megagpt is", "peak GB", "of megagpt's"):
+    table.add_column("side", no_wrap=True)
+    for column in ("tokens/s median", "best", "megagpt is", "in CPU time", "peak GB", "of megagpt's"):
         table.add_column(column, justify="right")
     ours, missed = sides[0], []
     for side in sides:
         median, best = statistics.median(side.seconds_per_step), min(side.seconds_per_step)
-        # Pair by pair: both sides of a pair have met the same speed of the machine.
-        pairs = zip(side.seconds_per_step, ours.seconds_per_step, strict=True)
-        ratio = statistics.median(theirs / mine for theirs, mine in pairs)
+        ratio = median_ratio(side.seconds_per_step, ours.seconds_per_step)
+        cpu_ratio = median_ratio(side.cpu_seconds_per_step, ours.cpu_seconds_per_step)
         memory = side.peak_bytes / ours.peak_bytes
         table.add_row(
             side.name,
             f"{size.tokens_per_step / median:,.0f}",
             f"{size.tokens_per_step / best:,.0f}",
             f"{ratio:.2f} x" if side is not ours else "",
+            f"{cpu_ratio:.2f} x" if side is not ours else "",
             f"{side.peak_bytes / 1e9:.2f}",
             f"{memory:.2f}",
         )

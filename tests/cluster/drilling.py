@@ -1,0 +1,160 @@
+"""A run on the cluster that meets a fault, time and again, and what has to be true of it in the end."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from bed import Cluster
+from small_runs import Run, srun_job
+
+STEPS_BETWEEN = 6
+"""More than from one checkpoint to the next, so that a restart always has made progress."""
+START_SECONDS = 180.0
+ENDED_WITHIN = 60.0
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that goes wrong, and what has to follow.
+
+    `inject` brings it about, `mend` takes it back once its words are in the output (a pattern; empty: none are
+    expected). Then the run has to go on by itself (`again`), go on without having ended (`on`), end and go on once it
+    is submitted anew (`by hand`), or end for good (`given up`).
+    """
+
+    inject: Callable[["Drill"], None]
+    words: str
+    then: Literal["again", "on", "by hand", "given up"] = "again"
+    mend: Callable[["Drill"], None] = lambda drill: None
+    plant: str = ""
+    """For `planted/sitecustomize.py`."""
+    options: tuple[str, ...] = ()
+    """For sbatch."""
+    num_nodes: int = 2
+    steps: int = 8
+    """That a run needs for it."""
+    patience: float = 60.0
+    """Seconds from the fault to its words."""
+    pace: float = 0.4
+    """Seconds that a step takes at least."""
+    once: bool = False
+    """Whether a run can meet it but once."""
+    sections: tuple[tuple[str, dict], ...] = ()
+    """Of the run config."""
+
+
+@dataclass(frozen=True)
+class Met:
+    """How one fault went."""
+
+    said_after: float
+    """Seconds from the fault to its words."""
+    gone_after: float
+    """Seconds from the words until the job had ended or been queued again."""
+    line: str
+    """What was said."""
+
+
+class Drill:
+    """One run and its job.
+
+    Args:
+        cluster: a healthy one.
+        run: what to train.
+        first: the first fault that it will meet; what it plants, its pace and its options for sbatch are the run's.
+    """
+
+    def __init__(self, cluster: Cluster, run: Run, first: Fault):
+        self.cluster, self.run, self._first = cluster, run, first
+        self.first_job = self.submit()
+        self.job = self.first_job
+        self._mark = 0
+
+    def submit(self) -> str:
+        """Submit the shipped batch file; the job's number."""
+        variables = {
+            "PYTHONPATH": f"{self.cluster.root}/tests/cluster/planted:{self.cluster.root}",
+            "DRILL_STEP_SECONDS": self._first.pace,
+            "DRILL_PLANT": self._first.plant,
+            "DRILL_MARK": self.run.folder / "planted",
+        }
+        exported = ",".join(f"{name}={value}" for name, value in variables.items())
+        return self.cluster.submit(*srun_job(self.cluster, self.run, f"--export=ALL,{exported}", *self._first.options))
+
+    def output(self) -> str:
+        """All that the run has printed, whatever the job."""
+        jobs = dict.fromkeys((self.first_job, self.job))
+        return "".join(map(self.cluster.output, jobs))
+
+    def new_output(self) -> str:
+        """What was printed since the fault."""
+        return self.output()[self._mark :]
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until the run has done it; it may be queued again meanwhile."""
+        self._until(lambda: self.run.step() >= step, START_SECONDS, f"step {step}")
+
+    def meet(self, fault: Fault) -> Met:
+        """Let the fault come in mid-course, and see what is said."""
+        if fault.plant == "":
+            self.wait_for_step(self.run.step() + STEPS_BETWEEN)
+        self._mark = len(self.output())
+        job, before = self.job, time.monotonic()
+        fault.inject(self)
+        patience = fault.patience if fault.plant == "" else START_SECONDS
+        self._until(lambda: re.search(fault.words, self.new_output()), patience, fault.words)
+        said = time.monotonic()
+        if fault.then != "on":
+            self._until(lambda: self._has_left(job), ENDED_WITHIN, f"end of job {job}")
+        gone = time.monotonic()
+        line = re.search(f".*(?:{fault.words}).*", self.new_output())
+        fault.mend(self)
+        if fault.then == "by hand":
+            self.cluster.wait_for(self.job, ENDED, ENDED_WITHIN)
+            self.job = self.submit()
+        return Met(said - before, gone - said, line[0].strip() if line and fault.words else "")
+
+    def finish(self) -> str:
+        """Wait until the run has ended; the state of its last job."""
+        self._until(lambda: self.state() in ENDED, START_SECONDS, "the end of the run")
+        return self.state()
+
+    def state(self) -> str:
+        """Of the job that has the run now."""
+        self._follow()
+        return self.cluster.state(self.job)
+
+    def _has_left(self, job: str) -> bool:
+        return self.state() != "RUNNING" or self.job != job
+
+    def _follow(self) -> None:
+        replaced = re.findall(r"^job (\d+) goes on", self.output(), re.MULTILINE)
+        if replaced and int(replaced[-1]) > int(self.job):
+            self.job = replaced[-1]
+
+    def _until(self, condition: Callable[[], object], seconds: float, what: str) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}\n{self.output()}"
+            if self.state() == "PENDING":
+                self.cluster.hurry(self.job)
+            time.sleep(0.3)
+
+
+def leftovers(cluster: Cluster) -> list[str]:
+    """Processes, listening ports and shared memory of jobs that are over."""
+    found = []
+    for host in cluster.nodes:
+        if not cluster.is_up(host):
+            continue
+        processes = cluster.run(host, "ps", "-eo", "pid,args").splitlines()
+        found += [
+            f"{host}: {line.strip()}" for line in processes if "megagpt" in line and "megagpt-cluster" not in line
+        ]
+        found += [f"{host}: /dev/shm/{name}" for name in cluster.run(host, "ls", "-A", "/dev/shm").split()]
+        ports = cluster.run(host, "ss", "-Hltn").splitlines()
+        found += [f"{host}: {line}" for line in ports if not re.search(r":(22|6818)\s", line)]
+    return found
