@@ -71,9 +71,7 @@ def score_checkpoint(
     for split, part in parts:
         found = evaluate_all(engine, part.stream, plan, ranks, most_samples)
         name = part.name or str(plan.run.data.mixed[0].prefix)
-        scores.append(
-            Score(split, name, found.loss, _perplexity(found.loss), found.samples, found.samples * plan.seq_length)
-        )
+        scores.append(Score(split, name, found.loss, _perplexity(found.loss), found.samples, found.tokens))
     stop_ranks()
     return scores
 

@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import psutil
@@ -26,12 +26,11 @@ from megagpt.supervise.stopping import Stopping
 if TYPE_CHECKING:
     from megagpt.checkpoint import Checkpoints, TrainState
     from megagpt.checkpoint.background import Saved
-    from megagpt.data.loader import MicroBatch
     from megagpt.data.run_data import RunData
+    from megagpt.data.supply import Supply
     from megagpt.engine import Engine
     from megagpt.metrics import Meter
     from megagpt.parallel.ranks import Ranks
-    from megagpt.supervise.careful import Rewindable
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -93,7 +92,9 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
     from megagpt.data.run_data import damaged_datasets, open_data
 
     model, training = plan.model, plan.run.training
-    data = open_data(plan.run.data, model.vocab_size, plan.seq_length, training.seed)
+    opened = None
+    if plan.reads_samples(launch.rank):
+        opened = open_data(plan.run.data, model.vocab_size, plan.seq_length, training.seed)
     hashes = fingerprints(plan.run.data) if launch.rank == 0 else {}
     with console.muted():
         from megagpt.parallel.ranks import start_ranks, stop_ranks
@@ -102,6 +103,8 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         require_writable_folders(plan, ranks)
         if damaged := ranks.broadcast_object(damaged_datasets(plan.run.data) if ranks.rank == 0 else []):
             raise DataError("\n".join(damaged))
+        described = ranks.broadcast_object(opened.described() if opened is not None and ranks.rank == 0 else None)
+        data = described if opened is None else opened
         from megagpt.checkpoint import Checkpoints
         from megagpt.engine import build_engine
         from megagpt.supervise.careful import judge_of
@@ -204,7 +207,7 @@ def train(
     from megagpt.metrics import Meter
     from megagpt.optim import learning_rate
     from megagpt.parallel.consensus import Consensus
-    from megagpt.supervise.careful import CarefulSteps
+    from megagpt.supervise.careful import CarefulSteps, Rewindable
     from megagpt.supervise.returning import Returning
 
     run, total_steps = plan.run, plan.run.training.steps
@@ -226,8 +229,9 @@ def train(
         checkpoints.on_saved = lambda saved: _tell(saved, meter, stopping)
         careful = CarefulSteps(plan, engine, ranks, meter.say)
         returning = Returning(plan, checkpoints, careful, meter.say)
-        batches = readers.enter_context(_batches_from(state.samples, plan, ranks, data))
-        evaluate_split = _evaluator(plan, ranks, engine, data, meter)
+        supply = _supply(plan, ranks)
+        batches = Rewindable(readers.enter_context(supply.training(data.train, state.samples)))
+        evaluate_split = _evaluator(plan, engine, data, supply, meter)
         if restored is None and run.training.eval_interval:
             evaluate_split("validation", state.step)
         reason = stopping.before_the_first_step()
@@ -252,7 +256,7 @@ def train(
                 state = returning.go_back(state.step, state.samples)
                 meter.go_back(state.step)
                 readers.close()
-                batches = readers.enter_context(_batches_from(state.samples, plan, ranks, data))
+                batches = Rewindable(readers.enter_context(supply.training(data.train, state.samples)))
                 continue
             if evaluates:
                 evaluate_split("validation", state.step)
@@ -270,23 +274,13 @@ def train(
     return state
 
 
-@contextlib.contextmanager
-def _batches_from(first_sample: int, plan: Plan, ranks: "Ranks", data: "RunData") -> "Iterator[Rewindable[MicroBatch]]":
-    """This data-parallel rank's micro-batches from a sample of the run on."""
-    from megagpt.data.loader import train_batches
-    from megagpt.data.prefetch import Prefetched
-    from megagpt.supervise.careful import Rewindable
+def _supply(plan: Plan, ranks: "Ranks") -> "Supply":
+    """Where this rank's micro-batches come from. Collective."""
+    from megagpt.data.supply import Supply
+    from megagpt.parallel.replica import Channel
 
-    in_order = train_batches(
-        data.train,
-        first_sample=first_sample,
-        global_batch_size=plan.global_batch_size,
-        microbatch_size=plan.microbatch_size,
-        data_parallel_rank=ranks.data_rank,
-        data_parallel_size=ranks.data_size,
-    )
-    with Prefetched(in_order, plan.run.data.prefetch, ranks.device) as batches:
-        yield Rewindable(batches)
+    training, evaluation = Channel(plan, ranks), Channel(plan, ranks)
+    return Supply(plan, ranks.data_rank, ranks.device, training, evaluation)
 
 
 def _deadline(plan: Plan, ranks: "Ranks") -> Deadline:
@@ -308,7 +302,7 @@ def due(step: int, interval: int) -> bool:
 
 
 def _evaluator(
-    plan: Plan, ranks: "Ranks", engine: "Engine", data: "RunData", meter: "Meter"
+    plan: Plan, engine: "Engine", data: "RunData", supply: "Supply", meter: "Meter"
 ) -> Callable[[str, int], None]:
     from megagpt.evaluate import evaluate
 
@@ -318,7 +312,7 @@ def _evaluator(
             return
         started = time.monotonic()
         engine.pulse.enter(Phase.EVALUATE)
-        losses = [evaluate(engine, part.stream, plan, ranks, plan.run.training.eval_batches) for part in held_out]
+        losses = [evaluate(engine, part.stream, supply, plan.run.training.eval_batches) for part in held_out]
         mean = sum(part.share * loss for part, loss in zip(held_out, losses, strict=True))
         by_name = {part.name: loss for part, loss in zip(held_out, losses, strict=True) if part.name}
         meter.report_eval(split, mean, step, by_name)

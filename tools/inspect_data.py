@@ -5,8 +5,16 @@ Give prefixes, or the run config that names them (then samples and mixture are t
 
 import argparse
 
+from megagpt.data.document_samples import DocumentStream
 from megagpt.data.indexed import IndexedDataset
-from megagpt.data.inspection import decoded_documents, decoded_sample, describe, inspect_dataset, mixture_table
+from megagpt.data.inspection import (
+    decoded_documents,
+    decoded_sample,
+    describe,
+    describe_options,
+    inspect_dataset,
+    mixture_table,
+)
 from megagpt.data.mixture import MixedStream, Mixture, Samples
 from megagpt.data.run_data import open_data
 from megagpt.data.samples import SampleStream
@@ -46,7 +54,7 @@ def shown_sample(stream: Samples, index: int, tokenizer: Tokenizer) -> str:
         origin = stream.mixture.origin(index)
         name = f"sample {index:,} of the run is from {stream.mixture.names[origin.dataset]}: "
         stream, index = stream.streams[origin.dataset], origin.number
-    assert isinstance(stream, SampleStream)
+    assert isinstance(stream, SampleStream | DocumentStream)
     dataset = stream.dataset
     assert isinstance(dataset, IndexedDataset)
     return name + "\n".join(decoded_sample(dataset, stream, index, tokenizer))
@@ -63,6 +71,8 @@ def run_texts(
     if args.steps and data.mixture is not None:
         table = mixture_table(data.mixture, args.first_step, args.steps, args.global_batch_size)
         texts.append(("Samples of each dataset per step", "\n".join(table)))
+    if args.samples and (options := describe_options(run.data)):
+        texts.append(("Sample options", "\n".join(options)))
     first = args.first_step * args.global_batch_size
     for index in range(first, first + args.samples):
         assert tokenizer is not None

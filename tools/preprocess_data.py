@@ -40,6 +40,12 @@ def parse_arguments() -> argparse.Namespace:
         help="end each document with the end-of-document token (default: yes)",
     )
     parser.add_argument(
+        "--special-tokens-in-text",
+        action="store_true",
+        help="special tokens that a text spells out, as those of a chat format, mean themselves (those of "
+        "tokenizer.json do so anyway); for text of your own making only",
+    )
+    parser.add_argument(
         "--min-length",
         type=int,
         default=1,
@@ -80,6 +86,7 @@ def main() -> None:
         on_bad_line=args.on_bad_line,
         input_format=args.input_format,
         overwrite=args.overwrite,
+        special_tokens_in_text=args.special_tokens_in_text,
     )
     made = run_job(job, ranks=ranks, workers=args.workers, threads=args.threads, backend=args.backend)
     if not made:

@@ -41,6 +41,9 @@ def changes(reader: CheckpointReader, plan: Plan, fingerprints: Mapping[str, str
     ours, theirs = here.data.mixture_until(tokens_seen), there.data.mixture_until(tokens_seen)
     for key in ours:
         _compare(found["dataset"], f"data.{key}", ours[key], theirs[key])
+    ours, theirs = here.data.sample_options, there.data.sample_options
+    for key in ours:
+        _compare(found["dataset"], f"data.{key}", ours[key], theirs[key])
     _compare(found["dataset"], "training.seq_length", here.training.seq_length, there.training.seq_length)
     _compare(found["seed"], "training.seed", here.training.seed, there.training.seed)
     return {kind: phrases for kind, phrases in found.items() if phrases}

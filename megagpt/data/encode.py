@@ -24,6 +24,7 @@ from megagpt.data.long_texts import LONG_CHARACTERS, cut_into_pieces
 from megagpt.errors import DataError
 from megagpt.tokenization.codec import Codec
 from megagpt.tokenization.gigatoken_codec import fast_codec
+from megagpt.tokenization.special_in_text import with_special_in_text
 from megagpt.tokenization.tokenizer import Tokenizer
 
 OnBadLine = Literal["error", "skip"]
@@ -47,6 +48,9 @@ class Encoding:
     threads: int
     fast: bool
     """Whether gigatoken encodes."""
+    special_tokens_in_text: bool = False
+    """Whether special tokens that a text spells out mean themselves; those of tokenizer.json do so anyway, unless it
+    says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class Encoder:
     def __init__(self, encoding: Encoding, codec: Codec):
         """Use a codec; see `load` to get one."""
         self.encoding = encoding
-        self._codec = codec
+        self._codec = with_special_in_text(codec) if encoding.special_tokens_in_text else codec
         self.dtype = dtype_for_vocabulary(codec.vocab_size)
         self._before = np.array(codec.special.prefix, dtype=self.dtype)
         self._behind = np.array(codec.special.suffix, dtype=self.dtype)

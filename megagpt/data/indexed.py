@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from megagpt.data.document_lengths import DocumentLengths
 from megagpt.data.opening import bin_path, dataset_file, idx_path, local_index, open_tokens, size_of
 from megagpt.errors import DataError
 from megagpt.storage.cache import Cache
@@ -232,7 +233,7 @@ def _sync_and_close(file) -> None:
     file.close()
 
 
-class IndexedDataset:
+class IndexedDataset(DocumentLengths):
     """Tokens and index of one prefix, checked on opening; memory-mapped, or read through a cache.
 
     Attributes:

@@ -5,21 +5,27 @@ Everything is computed here and told as text; `inspection_page` draws it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from megagpt.data.document_samples import DocumentStream
 from megagpt.data.indexed import IndexedDataset
 from megagpt.data.manifest import Manifest, manifest_path, read_manifest, verify_files
+from megagpt.data.marking import PADDING, MarkedSample
 from megagpt.data.mixture import Mixture
 from megagpt.data.samples import SampleStream
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import DataError
+from megagpt.plan.data_config import DataConfig
 
 _TOKENS_PER_CHUNK = 1 << 22
 _BAR = 40
 BORDER = "\u27e6document\u27e7"
 """Stands where a sample goes from one document to the next."""
+LEARNT, READ = "\u27e6learnt\u27e7", "\u27e6only read\u27e7"
+"""Stand where text begins that is predicted, and text that is not, in samples of which not all is."""
 
 
 @dataclass(frozen=True)
@@ -172,19 +178,70 @@ def decoded_documents(prefix: str | Path, tokenizer: Tokenizer, count: int, char
 
 
 def decoded_sample(
-    dataset: IndexedDataset, stream: SampleStream, index: int, tokenizer: Tokenizer, characters: int = 600
+    dataset: IndexedDataset,
+    stream: SampleStream | DocumentStream,
+    index: int,
+    tokenizer: Tokenizer,
+    characters: int = 600,
 ) -> Iterator[str]:
-    """Text of the sample that a run sees after `index` others, with its place and the borders of documents in it."""
-    start, stop = stream.token_range(index)
-    offsets = dataset.document_offsets
-    first = int(np.searchsorted(offsets, start, side="right")) - 1
-    borders = offsets[(offsets > start) & (offsets < stop)]
-    yield (f"sample {index:,}: tokens {start:,} to {stop - 1:,}, from document {first:,} on, {len(borders):,} borders")
-    if stream.change is not None:  # its own special tokens tell what was done
-        yield _cut(_with_special_tokens(stream.sample(index), tokenizer), characters)
-        return
-    pieces = np.split(dataset.tokens(start, stop), borders - start)
-    yield _cut(f" {BORDER} ".join(tokenizer.decode(piece) for piece in pieces), characters)
+    """Text of the sample that a run sees after `index` others, with its place, the borders of documents in it, what is
+    learnt of it and its padding."""
+    sample = stream.marked(index)
+    borders = sample.places == 0
+    if isinstance(stream, DocumentStream):
+        first, start, stop = stream.place(index)
+    else:
+        start, stop = stream.token_range(index)
+        offsets = dataset.document_offsets
+        first = int(np.searchsorted(offsets, start, side="right")) - 1
+        if stream.change is None:  # else they have moved, and are known by the ends of documents only
+            borders = np.isin(np.arange(start, stop), offsets)
+    borders[0] = False
+    count = int(borders.sum())
+    told = f"sample {index:,}: tokens {start:,} to {stop - 1:,}, from document {first:,} on, {count:,} borders"
+    padding, predicted = int((sample.places == PADDING).sum()), len(sample.tokens) - 1
+    learnt = int(sample.learnt[1:].sum())
+    if padding:
+        told += f", {padding:,} tokens of padding"
+    if learnt < predicted:
+        told += f"; {learnt:,} of {predicted:,} predictions are learnt"
+    yield told
+    spells = stream.change is not None if isinstance(stream, SampleStream) else False
+    text = _with_borders(sample, borders, tokenizer, spells or stream.marks_spans, learnt < predicted - padding)
+    yield _cut(text, characters)
+
+
+def _with_borders(
+    sample: MarkedSample, borders: np.ndarray, tokenizer: Tokenizer, spells: bool, tells_learnt: bool
+) -> str:
+    """The text of a sample without its padding, with what stands at its borders.
+
+    Args:
+        sample: the sample.
+        borders: [tokens] where documents begin, but for the first.
+        tokenizer: its tokenizer.
+        spells: special tokens are spelt out: they tell what was done, and where spans begin.
+        tells_learnt: whether to tell what is learnt.
+    """
+    real = sample.places != PADDING
+    turns = np.zeros(len(borders), dtype=bool)
+    if tells_learnt:
+        turns[0], turns[1:] = True, sample.learnt[1:] != sample.learnt[:-1]
+    shown: list[str] = []
+    for begin, end in pairwise([0, *np.flatnonzero((borders | turns) & real).tolist(), int(real.sum())]):
+        if begin == end:
+            continue
+        shown += [BORDER] if borders[begin] else []
+        shown += [LEARNT if sample.learnt[begin] else READ] if turns[begin] else []
+        piece = sample.tokens[begin:end]
+        shown.append(_with_special_tokens(piece, tokenizer) if spells else tokenizer.decode(piece))
+    return " ".join(shown)
+
+
+def describe_options(config: DataConfig) -> list[str]:
+    """The sample options of a run that are not the default, one phrase each."""
+    defaults = DataConfig().sample_options
+    return [f"data.{key}: {value}" for key, value in config.sample_options.items() if value != defaults[key]]
 
 
 def _with_special_tokens(tokens: np.ndarray, tokenizer: Tokenizer) -> str:

@@ -52,6 +52,8 @@ class Manifest:
     bin_sha256: str
     idx_sha256: str
     inputs: tuple[InputFile, ...]
+    special_tokens_in_text: bool = False
+    """Whether special tokens that the texts spell out were taken for themselves; files of earlier versions lack it."""
 
     def require_fits(self, prefix: str | Path, num_documents: int, num_tokens: int) -> None:
         """See that the files hold as much as the manifest says.
@@ -95,6 +97,8 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a readable manifest ({error}); rebuild with tools/preprocess_data.py") from None
     names = {field.name for field in fields(Manifest)}
+    if isinstance(content, dict):
+        content.setdefault("special_tokens_in_text", False)
     if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != names:
         raise DataError(f"{path} is not a manifest of format {FORMAT}; rebuild with tools/preprocess_data.py")
     try:

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from megagpt.data.apportion import Apportionment
+from megagpt.data.marking import MarkedSample
 from megagpt.errors import ConfigError
 from megagpt.plan.data_config import DataConfig
 from megagpt.plan.data_rules import SMALLEST_SHARE
@@ -34,6 +35,10 @@ class Samples(Protocol):
 
     def sample(self, global_index: int) -> np.ndarray:
         """The sample that a run sees after `global_index` others: int64 [seq_length + 1]."""
+        ...
+
+    def marked(self, global_index: int) -> MarkedSample:
+        """The same sample, with its documents and what is learnt of them."""
         ...
 
 
@@ -119,6 +124,15 @@ class MixedStream:
         """
         origin = self.mixture.origin(global_index)
         return self.streams[origin.dataset].sample(origin.number)
+
+    def marked(self, global_index: int) -> MarkedSample:
+        """The same sample, with its documents and what is learnt of them.
+
+        Raises:
+            DataError: a token is outside the vocabulary.
+        """
+        origin = self.mixture.origin(global_index)
+        return self.streams[origin.dataset].marked(origin.number)
 
 
 def make_mixture(config: DataConfig, samples_per_epoch: Sequence[int], seq_length: int) -> Mixture:

@@ -53,6 +53,7 @@ class Job:
         on_bad_line: what to do with a line (row, file) that is no document.
         input_format: what the inputs hold, whatever their names say.
         overwrite: replace a dataset of other options or inputs.
+        special_tokens_in_text: special tokens that a text spells out mean themselves.
     """
 
     inputs: Sequence[str | Path]
@@ -65,6 +66,7 @@ class Job:
     on_bad_line: OnBadLine = "error"
     input_format: Format | None = None
     overwrite: bool = False
+    special_tokens_in_text: bool = False
 
     def prefixes(self) -> list[str]:
         """The dataset of each text key."""
@@ -147,6 +149,7 @@ def _identity(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
         "min_length": job.min_length,
         "seed": job.seed,
         "on_bad_line": job.on_bad_line,
+        "special_tokens_in_text": job.special_tokens_in_text,
     }
 
 
@@ -234,6 +237,7 @@ def _do_share(
         on_bad_line=job.on_bad_line,
         threads=threads,
         fast=fast is not None,
+        special_tokens_in_text=job.special_tokens_in_text,
     )
     with ByteProgress("tokenising", todo.total_bytes) as progress:
         progress.skip(todo.total_bytes - todo.left_bytes)
@@ -326,4 +330,5 @@ def _manifest(
         bin_sha256=writer.bin_sha256,
         idx_sha256=writer.idx_sha256,
         inputs=files,
+        special_tokens_in_text=job.special_tokens_in_text,
     )

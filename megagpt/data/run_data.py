@@ -5,12 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from megagpt.data.document_samples import DocumentStream
 from megagpt.data.fill_in_middle import make_middle_filler
 from megagpt.data.indexed import IndexedDataset
 from megagpt.data.manifest import Manifest, read_manifest, verify_files
+from megagpt.data.marking import MarkedSample
 from megagpt.data.mixture import MixedStream, Mixture, Samples, make_mixture
 from megagpt.data.opening import dataset_file
-from megagpt.data.samples import SampleStream, split_ranges
+from megagpt.data.sample_options import marking_of, require_document_ends, require_learnt
+from megagpt.data.samples import SampleStream, split_documents, split_ranges
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import ConfigError, DataError
 from megagpt.plan.data_config import DataConfig, NamedPrefix
@@ -24,10 +29,30 @@ class HeldOut:
 
     name: str
     """Of the dataset; empty if there is just one."""
-    stream: SampleStream
+    stream: Samples
     """Its samples, in file order."""
     share: float
     """Weight of its loss in the mean over datasets; those of one split add up to 1."""
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Samples that another rank reads: how many there are is all that is known here."""
+
+    num_samples: int
+    seq_length: int
+    """Tokens of a sample that are predicted."""
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def sample(self, global_index: int) -> np.ndarray:
+        """There is none here."""
+        raise AssertionError(f"sample {global_index} is for another rank to read")
+
+    def marked(self, global_index: int) -> MarkedSample:
+        """There is none here."""
+        raise AssertionError(f"sample {global_index} is for another rank to read")
 
 
 @dataclass(frozen=True)
@@ -45,6 +70,18 @@ class RunData:
     def mixture(self) -> Mixture | None:
         """Which dataset gives which training sample; None if there is just one."""
         return self.train.mixture if isinstance(self.train, MixedStream) else None
+
+    def described(self) -> "RunData":
+        """The same without what is read, for ranks that receive samples."""
+
+        def parts(held_out: tuple[HeldOut, ...]) -> tuple[HeldOut, ...]:
+            return tuple(HeldOut(part.name, _elsewhere(part.stream), part.share) for part in held_out)
+
+        return RunData(_elsewhere(self.train), parts(self.validation), parts(self.test))
+
+
+def _elsewhere(stream: Samples) -> Elsewhere:
+    return Elsewhere(len(stream), stream.seq_length)
 
 
 def open_data(config: DataConfig, vocab_size: int, seq_length: int, seed: int) -> RunData:
@@ -131,7 +168,7 @@ def damaged_datasets(config: DataConfig) -> list[str]:
     return problems
 
 
-def _held_out(streams: list[tuple[str, SampleStream | None]], shares: dict[str, float]) -> tuple[HeldOut, ...]:
+def _held_out(streams: Sequence[tuple[str, Samples | None]], shares: dict[str, float]) -> tuple[HeldOut, ...]:
     """Those that are long enough, weighed as in training if all of them are trained on, else equally."""
     found = [(name, stream) for name, stream in streams if stream is not None]
     weights = [shares.get(name, 0.0) for name, _ in found]
@@ -154,16 +191,28 @@ class _Opened:
         if config.fill_in_middle is not None:
             assert self._tokenizer is not None, "a rule of the config"
             self._change = make_middle_filler(config.fill_in_middle, self._tokenizer, seed)
+        self._marking = marking_of(config, self._tokenizer)
         self._datasets: dict[str, tuple[IndexedDataset, Manifest | None]] = {}
 
     def stream(
         self, prefix: str, split: str, shares: tuple[float, float, float], shuffle: bool = True
-    ) -> SampleStream | None:
+    ) -> Samples | None:
         """One split of a dataset: shuffled for training, else in file order; None if it is too short for a sample and
         not for training."""
+        trains = split == "train" and shuffle
+        if self._config.packing == "stream":
+            stream = self._across_documents(prefix, split, shares, trains)
+        else:
+            stream = self._by_documents(prefix, split, shares, trains)
+        if stream is not None and trains:
+            require_learnt(self._config, prefix, stream)
+        return stream
+
+    def _across_documents(
+        self, prefix: str, split: str, shares: tuple[float, float, float], trains: bool
+    ) -> Samples | None:
         dataset, _ = self._open(prefix)
         start, stop = split_ranges(dataset.num_documents, dataset.document_start, shares)[split]
-        trains = split == "train" and shuffle
         if not trains and stop - start <= self._seq_length:
             return None
         return SampleStream(
@@ -174,6 +223,25 @@ class _Opened:
             shuffle=trains,
             vocab_size=self._vocab_size,
             change=self._change if trains else None,
+            marking=self._marking,
+        )
+
+    def _by_documents(
+        self, prefix: str, split: str, shares: tuple[float, float, float], trains: bool
+    ) -> Samples | None:
+        dataset, _ = self._open(prefix)
+        first, behind = split_documents(dataset.num_documents, shares)[split]
+        if not trains and dataset.document_start(behind) - dataset.document_start(first) < 2:
+            return None
+        return DocumentStream(
+            dataset,
+            (first, behind),
+            self._seq_length,
+            self._seed,
+            shuffle=trains,
+            vocab_size=self._vocab_size,
+            cut=self._config.packing == "cut",
+            marking=self._marking,
         )
 
     def require_separate_splits(self) -> None:
@@ -205,6 +273,7 @@ class _Opened:
                 _check_manifest(prefix, manifest, dataset, self._vocab_size)
             if self._tokenizer is not None:
                 _check_tokenizer(prefix, manifest, self._tokenizer, self._vocab_size)
+                require_document_ends(self._config, dataset, manifest, self._tokenizer.eod_id)
             self._datasets[prefix] = dataset, manifest
         return self._datasets[prefix]
 

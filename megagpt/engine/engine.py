@@ -16,12 +16,13 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
+from megagpt.engine.batches import Batch, PreparedBatch, prepare
 from megagpt.engine.experts import expert_figures, tell_experts_to_deepspeed
 from megagpt.engine.fragments import Fragment, local_fragments
 from megagpt.engine.guard import Check, Judge, UpdateGuard
 from megagpt.engine.loss_scale import own_loss_scaler
-from megagpt.engine.phases import tell_phases
-from megagpt.engine.pipeline import pipeline_module
+from megagpt.engine.phases import before_forward_passes, tell_phases
+from megagpt.engine.pipeline import PlannedPipeline, pipeline_module
 from megagpt.errors import ConfigError
 from megagpt.model import (
     GPT,
@@ -35,16 +36,13 @@ from megagpt.parallel.ranks import Ranks
 from megagpt.plan import Plan
 from megagpt.supervise.pulse import Phase, Pulse
 
-Batch = tuple[Tensor, Tensor]
-"""Token ids and labels, both [B, S] int64."""
-
 
 @dataclass(frozen=True)
 class StepResult:
     """What one update gives, on the device."""
 
     loss: Tensor
-    """Mean loss per token of the global batch before the update."""
+    """Mean loss per token that is learnt of the global batch before the update."""
     grad_norm: Tensor | float | None
     """2-norm of the global gradient before clipping; inf if the update was skipped."""
     loss_scale: float | None = None
@@ -86,7 +84,8 @@ class Engine:
         self._is_pipeline = isinstance(module, PipelineModule)
         self._loss_scaler = own_loss_scaler(wrapped.optimizer)
         self._guard = UpdateGuard(optimizer, wrapped.optimizer, ranks, judge)
-        if self._is_pipeline:
+        if isinstance(module, PlannedPipeline):
+            before_forward_passes(wrapped, module.feed.enter_forward)
             tell_phases(wrapped, self.pulse)
 
     def train_step(
@@ -96,7 +95,7 @@ class Engine:
 
         Args:
             batches: this data-parallel rank's micro-batches, in order; whole samples, of which a context-parallel rank
-                takes its positions.
+                takes its positions. Stages between the first and the last take them if they are to know the documents.
             learning_rate: of this update.
             rehearsal: compute all but leave the weights as they are; needs a judge.
             check: asked before the update, besides the judge; needs one.
@@ -112,7 +111,7 @@ class Engine:
         set_auxiliary_loss_scale(scale, self.ranks.device)
         if self._is_pipeline:
             self._guard.begin_step(lambda: self._wrapped.total_loss, self.plan.num_microbatches)
-            loss = self._wrapped.train_batch(map(self._positions, batches))
+            loss = self._wrapped.train_batch(self._module.feed.begin(map(self._prepared, batches)))
         else:
             loss = self._accumulate(batches)
         norm = self._wrapped.get_global_grad_norm()
@@ -134,7 +133,7 @@ class Engine:
                 # They have been added to the fp32 sums; DeepSpeed would keep them through the forward pass as zeros.
                 self._wrapped.optimizer.clear_lp_grads(set_to_none=True)
             self.pulse.enter_next(Phase.DATA)
-            batch = self._to_device(next(batches))
+            batch = self._prepared(next(batches)).to(self.ranks.device)
             self.pulse.enter_next(Phase.FORWARD)
             loss = self._wrapped(*batch)
             total += loss.detach()
@@ -159,14 +158,14 @@ class Engine:
         if self._is_pipeline:
             total = torch.zeros((), device=self.ranks.device)
             for _ in range(num_batches):
-                part = map(self._positions, batches)
+                part = self._module.feed.begin(map(self._prepared, batches))
                 total += self._wrapped.eval_batch(part, num_micro_batches=self.plan.num_microbatches).squeeze()
             return total / num_batches
         self._wrapped.eval()
         total = torch.zeros((), device=self.ranks.device)
         with torch.no_grad():
             for _ in range(count):
-                total += self._wrapped(*self._to_device(next(batches)))
+                total += self._wrapped(*self._prepared(next(batches)).to(self.ranks.device))
         return self._mean_over_replicas(total / count)
 
     def logits(self, tokens_BS: Tensor, rows: int, positions: int) -> Tensor | None:
@@ -182,7 +181,7 @@ class Engine:
             [rows, positions, vocabulary] in fp32 on the ranks of the last stage, None elsewhere. Collective.
         """
         if self._is_pipeline:
-            batch = iter([self._positions((tokens_BS, tokens_BS))])
+            batch = self._module.feed.begin(iter([self._prepared((tokens_BS, tokens_BS))]))
             self._wrapped.reset_activation_shape()  # stages have agreed on that of training
             _, prepared = self._wrapped.eval_batch(batch, return_logits=True, num_micro_batches=1)
             self._wrapped.reset_activation_shape()
@@ -193,7 +192,7 @@ class Engine:
         else:
             self._wrapped.eval()
             with torch.no_grad():
-                logits_SBV = self._wrapped(self._to_device((tokens_BS, tokens_BS))[0])
+                logits_SBV = self._wrapped(self._prepared((tokens_BS, tokens_BS)).to(self.ranks.device).tokens_BS)
         logits_SBV = logits_SBV[:positions, :rows].contiguous()  # before gathering: the whole may not fit
         shards = [torch.empty_like(logits_SBV) for _ in range(self.ranks.tensor_size)]
         dist.all_gather(shards, logits_SBV, group=self.ranks.tensor_group)
@@ -238,17 +237,14 @@ class Engine:
         parameter: Any = self.parameters[name]
         return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
-    def _to_device(self, batch: Batch) -> Batch:
-        tokens, labels = self._positions(batch)
-        return tokens.to(self.ranks.device, non_blocking=True), labels.to(self.ranks.device, non_blocking=True)
-
-    def _positions(self, batch: Batch) -> Batch:
-        """This context-parallel rank's positions of [B, S] tokens and labels."""
-        tokens, labels = (part.chunk(self.ranks.context_size, 1)[self.ranks.context_rank] for part in batch)
-        return tokens.contiguous(), labels.contiguous()
+    def _prepared(self, batch: Batch) -> PreparedBatch:
+        """This context-parallel rank's positions of a micro-batch."""
+        ranks = self.ranks
+        return prepare(batch, self.plan.run.data, ranks.device, ranks.context_rank, ranks.context_size)
 
     def _mean_over_replicas(self, value: Tensor) -> Tensor:
-        # Parts of a sequence are equally long, so the mean over context-parallel ranks is the mean over positions.
+        # Parts of a sequence are equally long, so the mean over context-parallel ranks is the mean over positions;
+        # where some are not learnt, all ranks have divided by the same number.
         if self.ranks.gradient_size > 1:
             dist.all_reduce(value, group=self.ranks.gradient_group)
             value /= self.ranks.gradient_size

@@ -1,4 +1,4 @@
-"""What the pipeline engine is doing, told to this rank's pulse."""
+"""The instructions of the pipeline engine: told to this rank's pulse, and prepared for."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,3 +35,14 @@ def tell_phases(wrapped: Any, pulse: Pulse) -> None:
         return noted
 
     wrapped._INSTRUCTION_MAP = {key: noting(key, method) for key, method in wrapped._INSTRUCTION_MAP.items()}
+
+
+def before_forward_passes(wrapped: Any, prepare: Callable[[], None]) -> None:
+    """Have a PipelineEngine call a function before each forward pass of a micro-batch through its stage."""
+    method = wrapped._INSTRUCTION_MAP[schedule.ForwardPass]
+
+    def prepared(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        prepare()
+        return method(engine, *args, **kwargs)
+
+    wrapped._INSTRUCTION_MAP = {**wrapped._INSTRUCTION_MAP, schedule.ForwardPass: prepared}

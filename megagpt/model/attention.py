@@ -6,6 +6,7 @@ all-to-all before it and one after it exchange the two ("DeepSpeed Ulysses", arX
 
 import contextlib
 import math
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megagpt.model.causal_attention import causal_attention
+from megagpt.model.documents import Documents, document_attention
 
 # Shapes: S sequence, B micro-batch, N query heads of this tensor-parallel rank, G its key/value heads, D channels per
 # head; C context-parallel ranks, s = S / C positions and n = N / C, g heads of one of them.
@@ -54,7 +56,7 @@ class SDPAttention(MegatronModule):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask=None,
+        attention_mask: Documents | None = None,
         packed_seq_params=None,
         attention_bias=None,
         **_,
@@ -65,11 +67,12 @@ class SDPAttention(MegatronModule):
             query: [s, B, N, D].
             key: [s, B, G, D].
             value: [s, B, G, D].
+            attention_mask: documents of the samples, which are kept apart; None: a sample is one document.
 
         Returns:
             [s, B, N x D].
         """
-        assert attention_mask is None and packed_seq_params is None and attention_bias is None
+        assert packed_seq_params is None and attention_bias is None
         group = parallel_state.get_context_parallel_group()
         if group.size() > 1:
             query, key, value = heads_for_positions(query, key, value, group)
@@ -77,21 +80,29 @@ class SDPAttention(MegatronModule):
             # Rotated, and no norm keeps its input: as a view, the value alone would keep all three as projected.
             value = value.contiguous()
         query_BNSD, key_BGSD, value_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        keeps_apart = attention_mask is not None and attention_mask.runs is not None
+        attend = partial(self._attend, documents=attention_mask) if keeps_apart else self._attend
         if self.recompute and torch.is_grad_enabled():
-            context_BNSD = checkpoint(self._attend, False, query_BNSD, key_BGSD, value_BGSD)
+            context_BNSD = checkpoint(attend, False, query_BNSD, key_BGSD, value_BGSD)
         else:
-            context_BNSD = self._attend(query_BNSD, key_BGSD, value_BGSD)
+            context_BNSD = attend(query_BNSD, key_BGSD, value_BGSD)
         context_SBND = context_BNSD.permute(2, 0, 1, 3)
         if group.size() > 1:
             context_SBND = positions_for_heads(context_SBND, group)
         return context_SBND.flatten(2)
 
-    def _attend(self, query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> Tensor:
+    def _attend(
+        self, query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, documents: Documents | None = None
+    ) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         # Heads differ between TP ranks, so their dropout must too; under sequence parallelism the whole layer already
         # draws from the tensor-parallel generator.
         forks_rng = dropout > 0 and not self.config.sequence_parallel
         with get_cuda_rng_tracker().fork() if forks_rng else contextlib.nullcontext():
+            if documents is not None:
+                return document_attention(
+                    query_BNSD, key_BGSD, value_BGSD, documents, self.softmax_scale, dropout, self.window, self.softcap
+                )
             return causal_attention(
                 query_BNSD, key_BGSD, value_BGSD, self.softmax_scale, dropout, self.window, self.softcap
             )

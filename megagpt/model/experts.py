@@ -34,11 +34,12 @@ class CountingRouter(TopKRouter):
         """Logits [..., E] in fp32; Megatron-Core 0.16's own needs Transformer Engine."""
         return F.linear(input.float(), self.weight.float())
 
-    def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Weights and map [T, E] of the chosen experts."""
-        weights_TE, chosen_TE = super().forward(*args, **kwargs)
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor]:
+        """Weights and map [T, E] of the chosen experts; tokens that are padding do not count."""
+        weights_TE, chosen_TE = super().forward(input, padding_mask, **kwargs)
         if self.training and torch.is_grad_enabled():  # not in the first pass of a recomputed layer
-            self.tokens_E += chosen_TE.sum(0)
+            counted_TE = chosen_TE if padding_mask is None else chosen_TE & ~padding_mask.reshape(-1, 1)
+            self.tokens_E += counted_TE.sum(0)
             self.num_microbatches += 1
         return weights_TE, chosen_TE
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from megagpt.model.documents import Documents
 from megagpt.model.layers import Embedding, Head, Layer, TiedHead
 from megagpt.model.norm import Norm
 from megagpt.model.recompute import with_recomputation
@@ -72,17 +73,25 @@ class GPT(nn.Module):
         self.final_norm = build(norm)
         self.head = build(last, word_embeddings=self.embedding.word_embeddings) if last.tied else build(last)
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        loss_tokens: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """Loss of a micro-batch if labels are given, else logits.
 
         Args:
             tokens_BS: [B, S] token ids.
             labels_BS: [B, S] ids of the next tokens.
+            loss_tokens: if given, labels below 0 do not count, and the sum over the others is divided by this scalar.
+            documents: of the samples; None: each is one document.
 
         Returns:
             Scalar mean loss in fp32, or logits [S, B, V / TP].
         """
-        hidden_SBH = self.embedding(tokens_BS)
+        hidden_SBH = self.embedding(tokens_BS, documents)
         for run in self._runs:
-            hidden_SBH = run(hidden_SBH)
-        return self.head(self.final_norm(hidden_SBH), labels_BS=labels_BS)
+            hidden_SBH = run(hidden_SBH, documents)
+        return self.head(self.final_norm(hidden_SBH), labels_BS=labels_BS, loss_tokens=loss_tokens)

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megagpt.model.activation import GatedActivation
+from megagpt.model.documents import Documents
 from megagpt.model.loss import head_loss
 from megagpt.model.norm import Norm
 from megagpt.model.transformer_config import layer_spec
@@ -39,10 +40,10 @@ class Embedding(LanguageModelEmbedding):
         )
         self.scale = math.sqrt(config.hidden_size) if plan.model.scale_embedding else None
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        """[B, S] int64 -> [S, B, H]."""
-        positions_BS = None
-        if self.add_position_embedding:
+    def forward(self, tokens_BS: Tensor, documents: Documents | None = None) -> Tensor:
+        """[B, S] int64 -> [S, B, H]; learned positions are those in documents, if these are given."""
+        positions_BS = None if documents is None else documents.positions_Bs
+        if self.add_position_embedding and positions_BS is None:
             length = tokens_BS.shape[1]
             first = parallel_state.get_context_parallel_rank() * length
             positions_BS = torch.arange(first, first + length, device=tokens_BS.device).expand_as(tokens_BS)
@@ -56,7 +57,9 @@ class Embedding(LanguageModelEmbedding):
 class ParallelResidualLayer(TransformerLayer):
     """x + attention(norm1(x)) + mlp(norm2(x)): Black et al. 2022 (GPT-NeoX-20B), section 2.1."""
 
-    def forward(self, hidden_states: Tensor, attention_mask=None, rotary_pos_emb=None, **_) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_states: Tensor, attention_mask=None, rotary_pos_emb=None, padding_mask=None, **_
+    ) -> tuple[Tensor, None]:
         """[S, B, H] to [S, B, H], with the arguments and the pair of results of TransformerLayer.forward."""
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         attended = self.self_attention(
@@ -64,7 +67,8 @@ class ParallelResidualLayer(TransformerLayer):
         )
         residual = add(attended, hidden_states, self.hidden_dropout)
         add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
-        return add(self.mlp(self.pre_mlp_layernorm(hidden_states)), residual, self.hidden_dropout), None
+        output = self.mlp(self.pre_mlp_layernorm(hidden_states), padding_mask=padding_mask)
+        return add(output, residual, self.hidden_dropout), None
 
 
 class SandwichNormLayer(TransformerLayer):
@@ -75,7 +79,9 @@ class SandwichNormLayer(TransformerLayer):
         self.post_self_attn_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
         self.post_mlp_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
 
-    def forward(self, hidden_states: Tensor, attention_mask=None, rotary_pos_emb=None, **_) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_states: Tensor, attention_mask=None, rotary_pos_emb=None, padding_mask=None, **_
+    ) -> tuple[Tensor, None]:
         """[S, B, H] to [S, B, H], with the arguments and the pair of results of TransformerLayer.forward."""
         output, bias = self.self_attention(
             self.input_layernorm(hidden_states), attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
@@ -83,7 +89,7 @@ class SandwichNormLayer(TransformerLayer):
         normed = self.post_self_attn_layernorm(output if bias is None else output + bias)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         hidden_states = add((normed, None), hidden_states, self.hidden_dropout)
-        output, bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        output, bias = self.mlp(self.pre_mlp_layernorm(hidden_states), padding_mask=padding_mask)
         normed = self.post_mlp_layernorm(output if bias is None else output + bias)
         add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
         return add((normed, None), hidden_states, self.hidden_dropout), None
@@ -115,17 +121,25 @@ class Layer(nn.Module):
         # Under sequence parallelism each TP rank holds other tokens, so every dropout needs the TP rank's generator.
         self.forks_rng = config.sequence_parallel
 
-    def forward(self, hidden_SBH: Tensor) -> Tensor:
-        """[S, B, H] -> [S, B, H]."""
-        rotary = None if self.rotary is None else self._rotary_of(hidden_SBH.shape[0] * self.sequence_splits)
+    def forward(self, hidden_SBH: Tensor, documents: Documents | None = None) -> Tensor:
+        """[S, B, H] -> [S, B, H]; documents of the samples are kept apart as they say."""
+        rotary = None if self.rotary is None else self._rotary_of(hidden_SBH.shape[0] * self.sequence_splits, documents)
+        given: dict[str, Any] = {"attention_mask": documents, "rotary_pos_emb": rotary}
+        if documents is not None and documents.padding_Bs is not None:
+            part = parallel_state.get_tensor_model_parallel_rank() if self.sequence_splits > 1 else 0
+            given["padding_mask"] = documents.padding_of(part, self.sequence_splits)
         if self.forks_rng:
             with tensor_parallel.get_cuda_rng_tracker().fork():
-                return self.block(hidden_SBH, attention_mask=None, rotary_pos_emb=rotary)[0]
-        return self.block(hidden_SBH, attention_mask=None, rotary_pos_emb=rotary)[0]
+                return self.block(hidden_SBH, **given)[0]
+        return self.block(hidden_SBH, **given)[0]
 
-    def _rotary_of(self, length: int) -> Tensor:
-        """Angles [length, 1, 1, rotated channels] of this context-parallel rank's positions."""
+    def _rotary_of(self, length: int, documents: Documents | None) -> Tensor:
+        """Angles [length, 1 or B, 1, rotated channels] of this context-parallel rank's positions."""
         assert self.rotary is not None
+        if documents is not None and documents.positions_Bs is not None:
+            whole = length * parallel_state.get_context_parallel_world_size()
+            angles_S11D = self.rotary(whole, 0, packed_seq=True)
+            return angles_S11D[:, 0][documents.positions_Bs.t()]
         first = parallel_state.get_context_parallel_rank() * length
         # `packed_seq` keeps Megatron-Core from cutting out what its own order of context-parallel ranks would need.
         return self.rotary(length, first, packed_seq=True)
@@ -155,10 +169,19 @@ class Head(ColumnParallelLinear):
         self.softcap = plan.model.final_logit_softcapping
         self.num_real_tokens = min(max(plan.model.vocab_size - first_token, 0), shard)
 
-    def forward(self, hidden_SBH: Tensor, weight: Tensor | None = None, labels_BS: Tensor | None = None) -> Tensor:
-        """[S, B, H] -> logits [S, B, V / TP]; with labels [B, S] -> their mean cross-entropy, a scalar in fp32."""
+    def forward(
+        self,
+        hidden_SBH: Tensor,
+        weight: Tensor | None = None,
+        labels_BS: Tensor | None = None,
+        loss_tokens: Tensor | None = None,
+    ) -> Tensor:
+        """[S, B, H] -> logits [S, B, V / TP]; with labels [B, S] -> their mean cross-entropy, a scalar in fp32.
+
+        With `loss_tokens`, labels below 0 do not count, and the sum over the others is divided by it.
+        """
         if labels_BS is not None:
-            return self._loss(hidden_SBH, self.weight if weight is None else weight, labels_BS)
+            return self._loss(hidden_SBH, self.weight if weight is None else weight, labels_BS, loss_tokens)
         logits_SBV = super().forward(hidden_SBH, weight=weight)[0]
         if self.softcap is not None:
             logits_SBV = torch.tanh(logits_SBV / self.softcap) * self.softcap
@@ -177,12 +200,13 @@ class Head(ColumnParallelLinear):
         """[V / TP, H]."""
         return self.weight
 
-    def _loss(self, hidden_SBH: Tensor, weight: Tensor, labels_BS: Tensor) -> Tensor:
+    def _loss(self, hidden_SBH: Tensor, weight: Tensor, labels_BS: Tensor, loss_tokens: Tensor | None) -> Tensor:
         if self.sequence_parallel:
             hidden_SBH = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH)
         else:
             hidden_SBH = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_SBH)
-        return head_loss(hidden_SBH.flatten(0, 1), weight, labels_BS.t().flatten(), self.num_real_tokens, self.softcap)
+        hidden_TH, labels_T = hidden_SBH.flatten(0, 1), labels_BS.t().flatten()
+        return head_loss(hidden_TH, weight, labels_T, self.num_real_tokens, self.softcap, loss_tokens)
 
 
 class TiedHead(nn.Module):
@@ -204,9 +228,9 @@ class TiedHead(nn.Module):
         self.word_embeddings = word_embeddings
         self.projection = Head(config, plan, has_weight=False)
 
-    def forward(self, hidden_SBH: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        """[S, B, H] -> logits [S, B, V / TP]; with labels [B, S] -> their mean cross-entropy, a scalar in fp32."""
-        return self.projection(hidden_SBH, self.word_embeddings.weight, labels_BS)
+    def forward(self, hidden_SBH: Tensor, labels_BS: Tensor | None = None, loss_tokens: Tensor | None = None) -> Tensor:
+        """As `Head`."""
+        return self.projection(hidden_SBH, self.word_embeddings.weight, labels_BS, loss_tokens)
 
     @property
     def projection_weight(self) -> Tensor:

@@ -22,7 +22,12 @@ CACHED_BYTES = 4 << 20
 
 
 def head_loss(
-    hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, num_real_tokens: int, softcap: float | None = None
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    num_real_tokens: int,
+    softcap: float | None = None,
+    loss_tokens: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy of the next tokens, in fp32.
 
@@ -32,12 +37,13 @@ def head_loss(
         labels_T: [T], token ids.
         num_real_tokens: rows of the weight that are no padding.
         softcap: c of the soft cap c tanh(logits / c), if there is one.
+        loss_tokens: if given, labels below 0 do not count, and the sum over the others is divided by this scalar.
 
     Returns:
         Scalar; equal on all tensor-parallel ranks.
     """
     needs_gradients = torch.is_grad_enabled() and (hidden_TH.requires_grad or weight_VH.requires_grad)
-    return _HeadLoss.apply(hidden_TH, weight_VH, labels_T, num_real_tokens, softcap, needs_gradients)
+    return _HeadLoss.apply(hidden_TH, weight_VH, labels_T, num_real_tokens, softcap, loss_tokens, needs_gradients)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -51,6 +57,7 @@ class _HeadLoss(torch.autograd.Function):
         labels_T: Tensor,
         num_real_tokens: int,
         softcap: float | None,
+        loss_tokens: Tensor | None,
         needs_gradients: bool,
     ) -> Tensor:
         num_tokens = hidden_TH.shape[0]
@@ -64,10 +71,13 @@ class _HeadLoss(torch.autograd.Function):
         size = head_chunk_tokens(num_tokens, *weight_VH.shape)
         for start in range(0, num_tokens, size):
             chunk_CH = hidden_TH[start : start + size]
-            labels_C = labels_T[start : start + size] - first_token
+            labels_C = labels_T[start : start + size]
+            counts_C = None if loss_tokens is None else labels_C >= 0
+            labels_C = labels_C - first_token
             logits_CV = chunk_CH @ weight_VH.t()
             for rows in _rows_at_once(logits_CV):
-                total += _lose(logits_CV[rows], labels_C[rows], num_real_tokens, softcap, scale)
+                counts = None if counts_C is None else counts_C[rows]
+                total += _lose(logits_CV[rows], labels_C[rows], num_real_tokens, softcap, scale, counts)
             if grad_hidden_TH is None:
                 continue
             grad_CV = logits_CV
@@ -79,12 +89,13 @@ class _HeadLoss(torch.autograd.Function):
                 else:
                     grad_weight_VH = product_VH.float() if grad_weight_VH is None else grad_weight_VH.add_(product_VH)
         ctx.gradients = grad_hidden_TH, grad_weight_VH
-        ctx.scale, ctx.dtype = 1 / (scale * num_tokens), weight_VH.dtype
-        return total / num_tokens
+        divisor = num_tokens if loss_tokens is None else loss_tokens
+        ctx.scale, ctx.dtype = 1 / (scale * divisor), weight_VH.dtype
+        return total / divisor
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_TH, grad_weight_VH = ctx.gradients
         ctx.gradients = None  # scaled in place, so good for one backward pass
         factor = grad_loss * ctx.scale
@@ -92,7 +103,7 @@ class _HeadLoss(torch.autograd.Function):
         if grad_weight_VH is not None:
             _scale(grad_weight_VH, factor)
             grad_weight_VH = grad_weight_VH.to(ctx.dtype)
-        return grad_hidden_TH, grad_weight_VH, None, None, None, None
+        return grad_hidden_TH, grad_weight_VH, None, None, None, None, None
 
 
 def _scale(matrix: Tensor, factor: Tensor) -> None:
@@ -117,7 +128,14 @@ def _rows_at_once(logits_CV: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _lose(logits_CV: Tensor, labels_C: Tensor, num_real_tokens: int, softcap: float | None, scale: float) -> Tensor:
+def _lose(
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    num_real_tokens: int,
+    softcap: float | None,
+    scale: float,
+    counts_C: Tensor | None = None,
+) -> Tensor:
     """Sum of the losses, in fp32; `scale` x their gradients take the place of the logits.
 
     Args:
@@ -126,6 +144,7 @@ def _lose(logits_CV: Tensor, labels_C: Tensor, num_real_tokens: int, softcap: fl
         num_real_tokens: columns that are no padding.
         softcap: soft cap of the logits.
         scale: factor of the gradients.
+        counts_C: False for tokens without loss and gradient; None: all count.
     """
     wide_CV = logits_CV.float()
     if softcap is None:
@@ -134,20 +153,23 @@ def _lose(logits_CV: Tensor, labels_C: Tensor, num_real_tokens: int, softcap: fl
         bent_CV = wide_CV.div_(softcap).tanh_()
         wide_CV = bent_CV * softcap
     wide_CV[:, num_real_tokens:] = float("-inf")
-    losses_C, grad_CV = _cross_entropy(wide_CV, labels_C, scale)
+    losses_C, grad_CV = _cross_entropy(wide_CV, labels_C, scale, counts_C)
     if bent_CV is not None:
         grad_CV *= 1 - bent_CV**2
     logits_CV.copy_(grad_CV)  # in fp32 mostly itself
     return losses_C.sum()
 
 
-def _cross_entropy(logits_CV: Tensor, labels_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _cross_entropy(
+    logits_CV: Tensor, labels_C: Tensor, scale: float, counts_C: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Losses [C], and `scale` x their gradients in the place of the logits [C, V].
 
     Args:
         logits_CV: fp32, this rank's part of the vocabulary, padding at -inf; overwritten.
         labels_C: token ids counted from this rank's first; those outside belong to other ranks.
         scale: factor of the gradients.
+        counts_C: False for tokens without loss and gradient; None: all count.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
@@ -165,4 +187,8 @@ def _cross_entropy(logits_CV: Tensor, labels_C: Tensor, scale: float) -> tuple[T
     normalisers_C, label_logits_C = sums_2C
     gradients_CV = exponentials_CV.mul_((scale / normalisers_C).unsqueeze(1))
     gradients_CV.scatter_add_(1, columns_C1, -scale * is_mine_C.to(torch.float32).unsqueeze(1))
-    return normalisers_C.log() - label_logits_C, gradients_CV
+    losses_C = normalisers_C.log() - label_logits_C
+    if counts_C is not None:
+        losses_C.masked_fill_(~counts_C, 0.0)
+        gradients_CV.masked_fill_(~counts_C.unsqueeze(1), 0.0)
+    return losses_C, gradients_CV

@@ -6,6 +6,7 @@ Megatron-Core's checkpoint saves, which is that input and nothing else.
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from megatron.core import tensor_parallel
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from megagpt.model.layers import Layer
+from megagpt.model.documents import Documents
+from megagpt.model.layers import Embedding, Layer
 from megagpt.plan import Plan
 from megagpt.plan.recompute import layer_runs
 
-Function = Callable[[Tensor], Tensor]
+Function = Callable[..., Tensor]
+"""[S, B, H] -> [S, B, H]; transformer layers take the documents of the samples, too."""
 
 
 class RecomputedLayers:
@@ -34,18 +37,18 @@ class RecomputedLayers:
         self._layers = tuple(layers)
         self._distribute, self._offload = distribute, offload
 
-    def __call__(self, hidden_SBH: Tensor) -> Tensor:
+    def __call__(self, hidden_SBH: Tensor, documents: Documents | None = None) -> Tensor:
         """Apply all layers."""
         if not torch.is_grad_enabled():
-            return self._compute(hidden_SBH)
+            return self._compute(hidden_SBH, documents)
         moves = self._distribute or self._offload
         with saved_tensors_hooks(self._pack, self._unpack) if moves else contextlib.nullcontext():
             # Megatron-Core's checkpoint restores its own generators; DeepSpeed's would replay other dropout masks.
-            return tensor_parallel.checkpoint(self._compute, False, hidden_SBH)
+            return tensor_parallel.checkpoint(partial(self._compute, documents=documents), False, hidden_SBH)
 
-    def _compute(self, hidden_SBH: Tensor) -> Tensor:
+    def _compute(self, hidden_SBH: Tensor, documents: Documents | None) -> Tensor:
         for layer in self._layers:
-            hidden_SBH = layer(hidden_SBH)
+            hidden_SBH = layer(hidden_SBH, documents)
         return hidden_SBH
 
     def _pack(self, tensor: Tensor) -> tuple[Tensor, torch.Size, torch.device]:
@@ -65,6 +68,11 @@ class RecomputedLayers:
         if self._distribute:
             tensor = tensor_parallel.gather_split_1d_tensor(tensor).view(shape)
         return tensor
+
+
+def takes_documents(function: Any) -> bool:
+    """Whether a function of a stage takes the documents of the samples as its second argument."""
+    return isinstance(function, (Embedding, Layer, RecomputedLayers))
 
 
 def with_recomputation(functions: Sequence[Any], plan: Plan) -> list[Function]:

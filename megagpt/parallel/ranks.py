@@ -80,6 +80,14 @@ class Ranks:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
+    def sum_over_replicas(self, number: int) -> int:
+        """The sum of a number over the data-parallel ranks that have this rank's place in their replicas."""
+        if self.data_size == 1:
+            return number
+        total = torch.tensor(number, device=self.device)
+        dist.all_reduce(total, group=self.data_group)
+        return int(total.item())
+
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
         if self.world_size == 1:

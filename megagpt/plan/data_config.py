@@ -1,7 +1,7 @@
 """The `data` section of the run config."""
 
 from pathlib import PurePath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
 
@@ -59,6 +59,16 @@ class FillInMiddle(Section):
     """Special token that begins the suffix."""
 
 
+class LossSpans(Section):
+    """The parts of a text that are learnt, such as an assistant's turns of a chat; all the rest is only read."""
+
+    start: str
+    """Text behind which a span begins, such as "<|im_start|>assistant\\n"; special tokens are spelt out."""
+    end: str | None = None
+    """Text that ends a span and is still learnt, such as "<|im_end|>"; null: spans reach to the end of their document
+    or to the next start."""
+
+
 class DataConfig(Section):
     """Where the tokens come from."""
 
@@ -88,6 +98,22 @@ class DataConfig(Section):
     """Micro-batches that a thread of each rank reads ahead; 0 reads each when it is needed."""
     fill_in_middle: FillInMiddle | None = None
     """Fill-in-the-middle (arXiv 2207.14255) on training samples, a section of its own; null: none."""
+    packing: Literal["stream", "cut", "truncate"] = "stream"
+    """What a sample holds: `stream` a piece of all documents joined; `cut` one document, padded to seq_length, or a
+    piece of a longer one; `truncate` one document, without what is beyond seq_length. Padding is neither attended to
+    nor predicted."""
+    reset_attention_mask: bool = False
+    """Tokens attend to their own document only; needs documents that end with the end-of-document token."""
+    reset_position_ids: bool = False
+    """Positions start from 0 in each document, not in each sample only; with the same need."""
+    eod_mask_loss: bool = False
+    """The first token of a document is not predicted from the end of the one before it; with the same need."""
+    loss_spans: LossSpans | None = None
+    """Learn only parts of the documents, a section of its own; null: all tokens. The loss of a step is the mean over
+    all tokens of the global batch that are learnt."""
+    read_by: Literal["leaders", "all"] = "leaders"
+    """`leaders`: the first rank of each data-parallel replica reads, and sends to its tensor-, context- and
+    pipeline-parallel ranks; `all`: every rank that needs samples reads them itself."""
     verify_checksums: bool = False
     """Read all files at each start, and stop if one is not as its manifest says (bit rot, a file put in its place)."""
     cache_directory: str | None = None
@@ -103,6 +129,22 @@ class DataConfig(Section):
         if self.prefix is None:
             return self.datasets
         return (DatasetConfig(prefix=self.prefix, name=""),)
+
+    @property
+    def marks_documents(self) -> bool:
+        """Whether the model is told where documents begin and end."""
+        return self.reset_attention_mask or self.reset_position_ids or self.packing != "stream"
+
+    @property
+    def masks_loss(self) -> bool:
+        """Whether there are tokens that are not predicted."""
+        return self.eod_mask_loss or self.packing != "stream" or self.loss_spans is not None
+
+    @property
+    def sample_options(self) -> dict[str, Any]:
+        """The keys that decide what a sample holds and what is learnt of it."""
+        keys = {"packing", "reset_attention_mask", "reset_position_ids", "eod_mask_loss", "loss_spans"}
+        return self.model_dump(include=keys)
 
     def mixture_until(self, tokens: int) -> dict[str, Any]:
         """The keys that decide how the first `tokens` tokens of a run are mixed, without where the datasets lie."""

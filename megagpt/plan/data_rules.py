@@ -21,6 +21,7 @@ def check_data(run: RunConfig) -> list[str]:
         *_check_amounts(data),
         *_check_stages(run),
         *_check_fill_in_middle(data),
+        *_check_sample_options(data),
         *_check_places(data),
     ]
 
@@ -92,6 +93,40 @@ def _check_fill_in_middle(data: DataConfig) -> list[str]:
             f"data.fill_in_middle: prefix_token, middle_token and suffix_token are {', '.join(tokens)}; name three "
             "different ones"
         )
+    return problems
+
+
+def _check_sample_options(data: DataConfig) -> list[str]:
+    resets = [key for key in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss") if getattr(data, key)]
+    problems = []
+    if resets and data.packing != "stream":
+        problems.append(
+            f"data.packing={data.packing} puts one document into each sample, in which there is nothing to reset; "
+            f"remove {' and '.join(f'data.{key}' for key in resets)}"
+        )
+    needs = [*resets, *(["loss_spans"] if data.loss_spans else [])]
+    if needs and data.tokenizer is None and (data.prefix or data.datasets):
+        problems.append(
+            f"{' and '.join(f'data.{key}' for key in needs)} must know the tokens that end documents and mark spans; "
+            "set data.tokenizer"
+        )
+    if data.fill_in_middle is not None and data.packing != "stream":
+        problems.append(
+            f"data.fill_in_middle needs room for its tokens, which data.packing={data.packing} does not have in a "
+            "document's own sample; use packing: stream, with reset_attention_mask if documents are to be kept apart"
+        )
+    if data.fill_in_middle is not None and data.loss_spans is not None:
+        problems.append(
+            "data.fill_in_middle moves parts of documents away from the tokens that data.loss_spans looks for; remove "
+            "one of them"
+        )
+    if data.packing != "stream" and any(entry.tokens is not None for entry in data.datasets):
+        problems.append(
+            f"data.datasets: tokens are not what samples are counted by if data.packing={data.packing} pads them; give "
+            "epochs or weights"
+        )
+    if data.loss_spans is not None and (not data.loss_spans.start or data.loss_spans.end == ""):
+        problems.append("data.loss_spans: start and end must not be empty; name the texts that begin and end a span")
     return problems
 
 

@@ -14,7 +14,7 @@ def check_experts(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -
     """
     if run.model.num_experts is None:
         return _check_dense(run)
-    problems = [*_check_architecture(run.model), *_check_tensor_parallel(run)]
+    problems = [*_check_architecture(run.model), *_check_tensor_parallel(run), *_check_padding(run)]
     if run.parallel.expert_model_parallel_size > 1:
         problems += [*_check_expert_parallel(run, world_size), *_check_zero(run, deepspeed)]
     return problems
@@ -86,6 +86,18 @@ def _check_tensor_parallel(run: RunConfig) -> list[str]:
             "otherwise); set it to true"
         )
     return problems
+
+
+def _check_padding(run: RunConfig) -> list[str]:
+    """Megatron-Core takes the z-loss as the mean over each rank's own tokens, which are not as many where some pad."""
+    splits = run.parallel.sequence_parallel or run.parallel.context_parallel_size > 1
+    if run.model.moe_z_loss_coeff == 0 or run.data.packing == "stream" or not splits:
+        return []
+    return [
+        f"model.moe_z_loss_coeff={run.model.moe_z_loss_coeff:g} with data.packing={run.data.packing} would depend on "
+        "how sequence or context parallelism cuts the padding; use packing: stream with reset_attention_mask, set "
+        "moe_z_loss_coeff to 0, or do without both kinds of parallelism"
+    ]
 
 
 def _check_expert_parallel(run: RunConfig, world_size: int) -> list[str]:

@@ -98,6 +98,27 @@ class Plan:
         """Ranks over which gradients are averaged and ZeRO cuts its states: data x context parallel."""
         return self.data_parallel_size * self.context_parallel_size
 
+    def sample_ranks(self, data_rank: int) -> list[int]:
+        """Ranks of a data-parallel replica that need samples; the first one is its leader.
+
+        Ranks are laid out with tensor parallel fastest, then context, data and pipeline parallel. Stages between the
+        first and the last need samples for the documents in them only.
+        """
+        block = self.tensor_parallel_size * self.context_parallel_size
+        stages = range(self.pipeline_parallel_size)
+        if not self.run.data.marks_documents:
+            stages = sorted({0, self.pipeline_parallel_size - 1})  # type: ignore[assignment]
+        return [
+            (stage * self.data_parallel_size + data_rank) * block + place for stage in stages for place in range(block)
+        ]
+
+    def reads_samples(self, rank: int) -> bool:
+        """Whether a rank opens the datasets."""
+        block = self.tensor_parallel_size * self.context_parallel_size
+        data_rank = rank // block % self.data_parallel_size
+        members = self.sample_ranks(data_rank)
+        return rank == members[0] or (self.run.data.read_by == "all" and rank in members)
+
     @property
     def chunk_length(self) -> int:
         """Positions of each sample on one context-parallel rank."""

@@ -36,6 +36,7 @@ class GigatokenCodec:
         self._content = content
         self._reference = reference
         self.vocab_size, self.special = reference.vocab_size, reference.special
+        self.knows_special_in_text = reference.knows_special_in_text
         self._starts = _common_starts(reference.added_texts)
         self._since_check = 0
         self._renew()

@@ -33,6 +33,7 @@ class HuggingFaceCodec:
         self._tokenizer.no_padding()
         split_special = declared.settings.get("split_special_tokens", False) is True
         self._tokenizer.encode_special_tokens = split_special
+        self.knows_special_in_text = not split_special
         self._threads = 0
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:

@@ -14,6 +14,7 @@ from megagpt.tokenization.codec import Codec
 from megagpt.tokenization.declared import Declared, Kind, find_tokenizer, read_declared
 from megagpt.tokenization.huggingface_json import HuggingFaceCodec
 from megagpt.tokenization.sentencepiece_model import SentencepieceCodec
+from megagpt.tokenization.special_in_text import with_special_in_text
 from megagpt.tokenization.tiktoken_ranks import TiktokenCodec
 
 # Entries of tokenizer_config.json that change ids; the fingerprint of a tokenizer covers them.
@@ -92,6 +93,14 @@ class Tokenizer:
         if self._prefix or self._suffix:
             found = [self._prefix + ids + self._suffix for ids in found]
         return found
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens are spelt out, and mean themselves; nothing is put around it.
+
+        Raises:
+            DataError: the text has lone surrogates, which no UTF-8 file can hold.
+        """
+        return list(with_special_in_text(self.codec).encode_batch([text], 1)[0])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of a list of ids; special tokens give no text.

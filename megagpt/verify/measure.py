@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -11,9 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megagpt.data.loader import MicroBatch, train_batches
+from megagpt.data.document_samples import DocumentStream
+from megagpt.data.loader import NOT_LEARNT, Marks, MicroBatch, train_batches
+from megagpt.data.marking import Marking, Spans
+from megagpt.data.mixture import Samples
 from megagpt.data.samples import SampleStream
 from megagpt.engine import build_engine
+from megagpt.engine.batches import PreparedBatch, prepare
 from megagpt.engine.engine import named_parameters
 from megagpt.model import GPT, initialize_weights, partition_of, set_auxiliary_loss_scale
 from megagpt.optim import build_optimizer
@@ -84,30 +88,64 @@ class Reference:
 
 
 class _Progressions:
-    """A text of arithmetic progressions, some hundred tokens each, as a source of samples: learnable at once.
+    """A text of arithmetic progressions as a source of samples: learnable at once.
 
     Of a large vocabulary it uses some hundred tokens, spread over all of it.
+
+    Args:
+        vocab_size: of the model.
+        lengths: tokens of the progressions, one after the other and again from the first; each is a document.
+        marks: ids that begin, in every document, a span of unequal length, end it, and end the document; None: nothing
+            does.
     """
 
     prefix = "synthetic"
-    length = 320
 
-    def __init__(self, vocab_size: int):
+    def __init__(self, vocab_size: int, lengths: Sequence[int] = (320,), marks: tuple[int, int, int] | None = None):
         self.spacing = max(vocab_size // 300, 1)
         self.num_tokens = vocab_size // self.spacing
+        self._marks = marks
+        self._lengths = np.asarray(lengths)
+        self._ends = np.cumsum(lengths)
+
+    def document_start(self, index: int) -> int:
+        """First token of a progression."""
+        round_, place = divmod(index, len(self._ends))
+        return int(round_ * self._ends[-1] + (self._ends[place - 1] if place else 0))
+
+    def document_lengths(self, first: int, behind: int) -> np.ndarray:
+        """Tokens of progressions first to behind - 1."""
+        return np.diff([self.document_start(index) for index in range(first, behind + 1)])
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop - 1."""
         positions = np.arange(start, stop)
-        piece = positions // self.length
-        return (piece * 7919 + positions * (1 + piece % 4)) % self.num_tokens * self.spacing
+        rounds, places = np.divmod(positions, self._ends[-1])
+        row = np.searchsorted(self._ends, places, side="right")
+        piece = rounds * len(self._ends) + row
+        tokens = (piece * 7919 + positions * (1 + piece % 4)) % self.num_tokens * self.spacing
+        if self._marks is not None:
+            length, left = self._lengths[row], self._ends[row] - places
+            for mark, before_end in zip(self._marks, (length - piece % 2, length // (2 + piece % 3), 1), strict=True):
+                tokens[left == before_end] = mark
+        return tokens
 
 
-def sample_stream(plan: Plan) -> SampleStream:
-    """The samples that are trained on."""
-    samples = plan.global_batch_size * plan.run.training.steps
-    source = _Progressions(plan.model.vocab_size)
-    return SampleStream(source, (0, samples * plan.seq_length + 1), plan.seq_length, plan.run.training.seed)
+def sample_stream(plan: Plan) -> Samples:
+    """The samples that are trained on; with sample options, of documents that are longer and shorter than a sample."""
+    samples, data = plan.global_batch_size * plan.run.training.steps, plan.run.data
+    length, seed, vocab_size = plan.seq_length, plan.run.training.seed, plan.model.vocab_size
+    if not data.marks_documents and not data.masks_loss:
+        return SampleStream(_Progressions(vocab_size), (0, samples * length + 1), length, seed)
+    lengths = [max(length * share // 16, 2) for share in (5, 21, 3, 9, 1, 40, 7, 13, 2)]
+    start, end, eod_id = marks = (vocab_size - 3, vocab_size - 2, vocab_size - 1)
+    source = _Progressions(vocab_size, lengths, marks)
+    spans = None if data.loss_spans is None else Spans((start,), (end,))
+    if data.packing != "stream":
+        marking = Marking(None, False, spans)
+        return DocumentStream(source, (0, 4 * samples), length, seed, cut=data.packing == "cut", marking=marking)
+    marking = Marking(eod_id, data.eod_mask_loss, spans)
+    return SampleStream(source, (0, samples * length + 1), length, seed, marking=marking)
 
 
 def measure_runs(plans: list[Plan]) -> list[RankMeasurement]:
@@ -123,7 +161,7 @@ def measure_runs(plans: list[Plan]) -> list[RankMeasurement]:
 def measure_run(plan: Plan, ranks: Ranks) -> RankMeasurement:
     """Train and note what happens. Collective."""
     engine = build_engine(plan, ranks)
-    batches = _batches(plan, ranks.data_rank, ranks.data_size)
+    batches = _batches(plan, ranks)
     losses, norms = [], []
     with count_traffic(ranks) as traffic:
         for _ in range(plan.run.training.steps):
@@ -214,7 +252,7 @@ def _run(plan: Plan, dtype: torch.dtype) -> Reference:
     names = [name for name, _ in named_parameters(model, plan)]
     optimizer = build_optimizer(zip(names, masters, strict=True), plan)
     first = _weights(names, masters, plan)
-    batches = _batches(plan, 0, 1)
+    batches = _batches(plan)
     for group in optimizer.param_groups:
         group["lr"] = plan.run.optimizer.lr
     loss_scale = plan.deepspeed.initial_loss_scale if plan.precision == "fp16" else 1.0
@@ -223,7 +261,7 @@ def _run(plan: Plan, dtype: torch.dtype) -> Reference:
     for _ in range(plan.run.training.steps):
         total = 0.0
         for _ in range(plan.num_microbatches):
-            loss = _loss(model, plan, *next(batches))
+            loss = _loss(model, plan, prepare(next(batches), plan.run.data, torch.device("cpu")))
             (loss * loss_scale / plan.num_microbatches).backward()
             total += float(loss) / plan.num_microbatches
             if masters is not parameters:
@@ -240,11 +278,15 @@ def _run(plan: Plan, dtype: torch.dtype) -> Reference:
     return Reference(losses, norms, last, distance)
 
 
-def _loss(model: GPT, plan: Plan, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
+def _loss(model: GPT, plan: Plan, batch: PreparedBatch) -> Tensor:
     if next(model.parameters()).dtype != torch.float64:
-        return model(tokens_BS, labels_BS)
-    logits_SBV = model(tokens_BS)[..., : plan.model.vocab_size]  # the loss itself is always fp32
-    return F.cross_entropy(logits_SBV.flatten(0, 1), labels_BS.t().flatten())
+        return model(*batch)
+    logits_SBV = model(batch.tokens_BS, documents=batch.documents)[..., : plan.model.vocab_size]
+    # The loss itself is always fp32.
+    total = F.cross_entropy(
+        logits_SBV.flatten(0, 1), batch.labels_BS.t().flatten(), ignore_index=NOT_LEARNT, reduction="sum"
+    )
+    return total / (batch.labels_BS.numel() if batch.loss_tokens is None else batch.loss_tokens)
 
 
 def _clip(parameters: list[nn.Parameter], limit: float) -> float:
@@ -271,8 +313,13 @@ def _add_gradients(parameters: list[nn.Parameter], masters: list[nn.Parameter], 
         parameter.grad = None
 
 
-def _batches(plan: Plan, data_rank: int, data_size: int) -> Iterator[MicroBatch]:
-    """One data-parallel rank's micro-batches, from the first sample on."""
+def _batches(plan: Plan, ranks: Ranks | None = None) -> Iterator[MicroBatch]:
+    """A data-parallel rank's micro-batches, from the first sample on, read by each rank itself; None: of one rank."""
+
+    data_rank, data_size = (0, 1) if ranks is None else (ranks.data_rank, ranks.data_size)
+    marks = Marks(
+        plan.run.data.marks_documents, plan.run.data.masks_loss, int if ranks is None else ranks.sum_over_replicas
+    )
     return train_batches(
         sample_stream(plan),
         first_sample=0,
@@ -280,6 +327,7 @@ def _batches(plan: Plan, data_rank: int, data_size: int) -> Iterator[MicroBatch]
         microbatch_size=plan.microbatch_size,
         data_parallel_rank=data_rank,
         data_parallel_size=data_size,
+        marks=marks,
     )
 
 

@@ -55,8 +55,9 @@ def shrink(plan: Plan, steps: int = 20, max_ranks: int = MAX_RANKS) -> SmallRun:
     length = tree["model"]["max_position_embeddings"]
     world_size = parallel["data"] * math.prod(value for key, value in parallel.items() if key in WORLD_SIZES)
     tree["training"] |= {"steps": steps, "seq_length": length, "eval_interval": 0}
-    for name in ("data", "checkpoint", "logging"):
+    for name in ("checkpoint", "logging"):
         tree.pop(name)
+    tree["data"] = plan.run.data.sample_options
     raw = small_deepspeed(plan, parallel)
 
     def variant(optimizer: dict[str, Any], raw: dict[str, Any]) -> Plan:

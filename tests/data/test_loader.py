@@ -48,7 +48,7 @@ def first_tokens_of_steps(stream, num_steps, microbatch_size, data_parallel_size
             data_parallel_size=data_parallel_size,
         )
         for step in steps:
-            for tokens_BS, _ in islice(batches, rounds):
+            for tokens_BS, *_ in islice(batches, rounds):
                 assert tokens_BS.shape == (microbatch_size, SEQ_LENGTH)
                 step += tokens_BS[:, 0].tolist()
     return [sorted(step) for step in steps]
@@ -84,7 +84,7 @@ def test_composition_of_a_micro_batch(stream):
         data_parallel_size=3,
     )
     for micro_batch in range(4):
-        tokens_BS, labels_BS = next(batches)
+        tokens_BS, labels_BS, *_ = next(batches)
         windows = np.stack([stream.sample(24 + (micro_batch * 3 + 1) * 2 + i) for i in range(2)])
         assert tokens_BS.tolist() == windows[:, :-1].tolist()
         assert labels_BS.tolist() == windows[:, 1:].tolist()
@@ -105,7 +105,7 @@ def evaluate(num_batches, num_samples=37):
     return [
         sample
         for rank in range(2)
-        for tokens_BS, _ in eval_batches(
+        for tokens_BS, *_ in eval_batches(
             stream,
             num_batches=num_batches,
             global_batch_size=8,
