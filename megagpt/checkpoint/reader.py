@@ -370,7 +370,7 @@ class CheckpointReader:
 
     def _memory(self, index: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory of this thread that is used again and again: fresh memory costs more than reading into it."""
-        scratch: dict[int, Tensor] = self._scratch.__dict__
+        scratch: dict[Any, Tensor] = self._scratch.__dict__
         size = prod(shape) * dtype.itemsize
         if index not in scratch or scratch[index].numel() < size:
             scratch[index] = host_memory(size)

@@ -203,7 +203,9 @@ class HfWeights:
     def dtype(self, canonical: str) -> torch.dtype:
         """Type that a canonical tensor is given in: one that holds the values of all its parts."""
         names = [name for name, _ in self.family.parts_of(canonical, self.model)]
-        return functools.reduce(torch.promote_types, (file.dtype(n) for file, n in map(self._tensors.get, names)))
+        return functools.reduce(
+            torch.promote_types, (file.dtype(stored) for file, stored in map(self._tensors.__getitem__, names))
+        )
 
     def read(
         self, canonical: str, rows: Tensor | None = None, columns: Span | None = None, out: Tensor | None = None

@@ -240,7 +240,9 @@ def main() -> int:
         args.json.write_text(json.dumps({"rounds": rounds, "half": half}))
     print(f"{args.size}: {gigabytes:.2f} GB of bf16, {args.threads} threads, median of {args.rounds} rounds")
     missed = table(rounds)
-    for side in ("import", "export") if half is not None else ():
+    for side in ("import", "export"):
+        if half is None:
+            break
         deep = statistics.median(above_imports(found, side) for found in rounds)
         missed += judged(
             f"{side}: GB that {layers} layers need more than {layers // 2}",
