@@ -2,6 +2,7 @@
 
 import threading
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
