@@ -72,11 +72,11 @@ class Run:
 
 
 def write_data(cluster: Cluster) -> dict[str, str]:
-    """A tiny dataset that all hosts see: `data.*`."""
+    """A tiny dataset that all hosts see: `data.*`; the same whenever asked on one cluster."""
     from tiny import write_tiny_dataset
 
     folder = cluster.folder.parent / "data"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     prefix, tokenizer = write_tiny_dataset(folder)
     return {"prefix": prefix, "tokenizer": tokenizer}
 
