@@ -148,6 +148,12 @@ def test_what_goes_wrong_with_the_leader_is_told_by_all(prefetch):
     assert "the rank that reads for this one could not: token 200 cannot be read" in str(caught.value)
 
 
+def dataset_maps():
+    """Files of datasets that this process maps."""
+    with open("/proc/self/maps") as maps:
+        return {line.split()[-1] for line in maps if line.rstrip().endswith((".bin", ".idx"))}
+
+
 def train_and_count(plan):
     """Train; how many datasets this rank has opened, and which of their files its memory maps."""
     from tiny import train_quietly
@@ -156,19 +162,19 @@ def train_and_count(plan):
 
     opened, mapped = [], set()
     init, tokens = IndexedDataset.__init__, IndexedDataset.tokens
+    inherited = dataset_maps()  # of the process that this one was forked from
 
     def counted(self, *args, **kwargs):
         opened.append(args)
         init(self, *args, **kwargs)
 
     def looking(self, *args):
-        with open("/proc/self/maps") as maps:
-            mapped.update(line.split()[-1].rsplit("/")[-1] for line in maps if line.rstrip().endswith((".bin", ".idx")))
+        mapped.update(dataset_maps() - inherited)
         return tokens(self, *args)
 
     IndexedDataset.__init__, IndexedDataset.tokens = counted, looking
     assert train_quietly(plan) == 0
-    return len(opened), sorted(mapped)
+    return len(opened), sorted(path.rsplit("/")[-1] for path in mapped)
 
 
 def test_who_does_not_read_opens_nothing(dataset, tmp_path):
