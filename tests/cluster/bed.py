@@ -116,9 +116,11 @@ class Cluster:
         return re.findall(rf"\b{name}=(\w+)", self.run("head", "scontrol", "show", "job", job))[0]
 
     def hurry(self, job: str) -> None:
-        """Have a job that is queued again start now, not in two minutes: once its old steps are over everywhere, which
-        is what Slurm leaves the time for."""
-        if all(self.control("run", host, "pgrep", "slurmstepd").returncode for host in self.nodes):
+        """Have a job that is queued again start now, not in two minutes: once its old steps are over everywhere and
+        Slurm counts no node as busy, which is what it leaves the time for."""
+        is_over = all(self.control("run", host, "pgrep", "slurmstepd").returncode for host in self.nodes)
+        busy = self.run("head", "sinfo", "-h", "-N", "-t", "allocated,mixed,completing", "-o", "%N").split()
+        if is_over and not busy:
             self.control("run", "head", "scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(1.0)
 
