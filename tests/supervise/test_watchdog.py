@@ -19,7 +19,7 @@ LIMITS = {"hang_seconds": 4.0, "silent_seconds": 3.0}
 def plan_in(folder: Path, dataset: dict, **supervision):
     sections = {
         "model": {"vocab_size": 300},
-        "data": dataset,
+        "data": {**dataset, "read_by": "all"},  # the fault comes with a sample
         "training": {"steps": 1000},
         "logging": {"directory": str(folder / "logs"), "interval": 1000},
         "supervision": {**LIMITS, **supervision},
