@@ -81,16 +81,6 @@ def _fast(cluster: Cluster, run: Run) -> None:
         _shell(cluster, "tc qdisc del dev eth0 root", host)
 
 
-def _close_ports(cluster: Cluster, ports: str, host: str) -> None:
-    """Packets to these ports of a host vanish without an answer, as a firewall has it."""
-    rule = f"ip rule add pref 10 to $(hostname -i) ipproto tcp dport {ports} blackhole"
-    _shell(cluster, f"ip rule add pref 100 lookup local; ip rule del pref 0; {rule}", host)
-
-
-def _open_ports(cluster: Cluster, host: str) -> None:
-    _shell(cluster, "ip rule add pref 0 lookup local; ip rule del pref 10; ip rule del pref 100", host)
-
-
 def _few_files(cluster: Cluster, run: Run) -> None:
     _shell(cluster, 'prlimit --pid "$(</run/slurmd.pid)" --nofile=512:512')
 
@@ -176,22 +166,6 @@ AILMENTS = {
         group=2,
     ),
     "a slow link": Ailment(_slow, _fast, "network", "warning", "node1 to node2: .* Mbit/s"),
-    "closed ports": Ailment(
-        lambda cluster, run: _close_ports(cluster, "30000-65534", NODE),
-        lambda cluster, run: _open_ports(cluster, NODE),
-        "network",
-        "failed",
-        "node1 cannot reach node2: ",
-        group=3,
-    ),
-    "a closed master port": Ailment(
-        lambda cluster, run: _close_ports(cluster, "20000-29999", "node1"),
-        lambda cluster, run: _open_ports(cluster, "node1"),
-        "meeting",
-        "failed",
-        "2 have not come to node1",
-        group=4,
-    ),
 }
 
 
