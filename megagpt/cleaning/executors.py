@@ -5,7 +5,6 @@ datatrove marks each completed task; a task that is started again is passed over
 
 import copy
 import multiprocessing
-import os
 import subprocess
 import sys
 import threading
@@ -22,7 +21,7 @@ from loguru import logger
 
 from megagpt.cleaning.stages import Places, Stage
 from megagpt.data.progress import ByteProgress
-from megagpt.data.workers import WorkerKilledError
+from megagpt.data.workers import WorkerKilledError, end_with_parent
 from megagpt.errors import DataError
 
 
@@ -101,15 +100,7 @@ _executor: LocalStage | None = None
 def _start_worker(executor: LocalStage) -> None:
     global _executor
     _executor = executor
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "this is a worker"
-    parent.join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _task_in_worker(rank: int) -> int:

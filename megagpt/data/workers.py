@@ -136,11 +136,11 @@ def _start_worker(encoding: Encoding, inputs: Sequence[Input], folder: Path, rep
 
     global _worker, _reports
     _worker, _reports = _Worker(encoding, inputs, folder), reports
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+def end_with_parent() -> None:
+    """For a thread of a worker: one whose parent was killed would wait for work for ever."""
     import multiprocessing
 
     parent = multiprocessing.parent_process()
