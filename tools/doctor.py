@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megagpt.errors import run_command
 from megagpt.parallel.console import quiet_libraries
-from megagpt.parallel.launch import detect_launch
+from megagpt.parallel.deepspeed_launcher import find_launch
 from megagpt.plan import load_deepspeed_config, load_run_config, make_plan
 
 
@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the run config")
     args = parser.parse_intermixed_args()
-    launch = detect_launch()
+    launch = find_launch()
     run_config = load_run_config(args.config, args.overrides)
     world_size = launch.world_size if launch.world_size > 1 else args.world_size or 1
     plan = make_plan(run_config, load_deepspeed_config(args.deepspeed_config), world_size)

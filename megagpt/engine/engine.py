@@ -84,9 +84,10 @@ class Engine:
         self._is_pipeline = isinstance(module, PipelineModule)
         self._loss_scaler = own_loss_scaler(wrapped.optimizer)
         self._guard = UpdateGuard(optimizer, wrapped.optimizer, ranks, judge)
+        self._data_phase = Phase.DATA if plan.reads_samples(ranks.rank) else Phase.RECEIVE_SAMPLES
         if isinstance(module, PlannedPipeline):
             before_forward_passes(wrapped, module.feed.enter_forward)
-            tell_phases(wrapped, self.pulse)
+            tell_phases(wrapped, self.pulse, self._data_phase)
 
     def train_step(
         self, batches: Iterator[Batch], learning_rate: float, *, rehearsal: bool = False, check: Check | None = None
@@ -132,7 +133,7 @@ class Engine:
             if isinstance(self._wrapped.optimizer, BF16_Optimizer):
                 # They have been added to the fp32 sums; DeepSpeed would keep them through the forward pass as zeros.
                 self._wrapped.optimizer.clear_lp_grads(set_to_none=True)
-            self.pulse.enter_next(Phase.DATA)
+            self.pulse.enter_next(self._data_phase)
             batch = self._prepared(next(batches)).to(self.ranks.device)
             self.pulse.enter_next(Phase.FORWARD)
             loss = self._wrapped(*batch)

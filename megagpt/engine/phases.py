@@ -8,7 +8,6 @@ from deepspeed.runtime.pipe import schedule
 from megagpt.supervise.pulse import Phase, Pulse
 
 _PHASES = {
-    schedule.LoadMicroBatch: Phase.DATA,
     schedule.ForwardPass: Phase.FORWARD,
     schedule.BackwardPass: Phase.BACKWARD,
     schedule.SendActivation: Phase.SEND_ACTIVATION,
@@ -21,11 +20,18 @@ _PHASES = {
 }
 
 
-def tell_phases(wrapped: Any, pulse: Pulse) -> None:
-    """Have a PipelineEngine note each instruction of its schedule before it is carried out."""
+def tell_phases(wrapped: Any, pulse: Pulse, data: Phase) -> None:
+    """Have a PipelineEngine note each instruction of its schedule before it is carried out.
+
+    Args:
+        wrapped: the engine.
+        pulse: told.
+        data: what taking a micro-batch is on this rank: reading it or waiting for it.
+    """
+    phases = {**_PHASES, schedule.LoadMicroBatch: data}
 
     def noting(instruction: type, method: Callable[..., Any]) -> Callable[..., Any]:
-        phase = _PHASES.get(instruction, Phase.BETWEEN)
+        phase = phases.get(instruction, Phase.BETWEEN)
         enter = pulse.enter if phase in (Phase.REDUCE, Phase.UPDATE, Phase.BETWEEN) else pulse.enter_next
 
         def noted(engine: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ class Phase(StrEnum):
     START = "starting up"
     RESTORE = "loading a checkpoint"
     DATA = "the data loader"
+    RECEIVE_SAMPLES = "waiting for samples"
     FORWARD = "the forward pass"
     BACKWARD = "the backward pass"
     RECEIVE_ACTIVATION = "waiting for an activation"

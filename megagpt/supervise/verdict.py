@@ -75,6 +75,9 @@ def _awaited(rank: Seen, ranks: Sequence[Seen]) -> Seen | None:
         stage = rank.beat.stage + _NEIGHBOUR[phase][0]
         place = (stage, rank.beat.data, rank.beat.context, rank.beat.tensor)
         return next((other for other in ranks if _place(other) == place), None)
+    if phase == Phase.RECEIVE_SAMPLES:
+        replica = [other for other in ranks if other.beat.data == rank.beat.data]
+        return min(replica, key=lambda other: other.beat.rank)
     if phase in _WITHIN_STAGE:
         return _most_behind([other for other in ranks if other.beat.stage == rank.beat.stage], rank)
     if phase in _EVERYONE:
@@ -178,6 +181,8 @@ def _waits(waiting: Seen, culprit: Seen) -> str:
     phase = waiting.beat.phase
     if phase in _NEIGHBOUR:
         what = _NEIGHBOUR[phase][1].format(culprit.beat.stage)
+    elif phase == Phase.RECEIVE_SAMPLES:
+        what = f"waits for samples of stage {culprit.beat.stage}"
     elif phase in _WITHIN_STAGE:
         what = f"waits in {phase} for the other ranks of stage {culprit.beat.stage}"
     else:

@@ -7,39 +7,9 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
-from tiny import rank_batches, tiny_plan
+from stepped import SteppedRun, plan_in
 
 pytestmark = pytest.mark.usefixtures("libraries")
-
-
-def plan_in(folder: Path, *, deepspeed=None, **layout):
-    checkpoint = {"directory": str(folder), **layout.pop("checkpoint", {})}
-    return tiny_plan(sections={"checkpoint": checkpoint}, deepspeed=deepspeed, **layout)
-
-
-class Run:
-    """A run on this rank, step by step."""
-
-    def __init__(self, plan):
-        from megagpt.checkpoint import Checkpoints, TrainState
-        from megagpt.engine import build_engine
-        from megagpt.parallel.console import Console
-        from megagpt.parallel.launch import detect_launch
-        from megagpt.parallel.ranks import start_ranks
-
-        self.plan = plan
-        self.ranks = start_ranks(plan, detect_launch())
-        self.engine = build_engine(plan, self.ranks)
-        self.checkpoints = Checkpoints(plan, self.engine, self.ranks, Console(1))
-        self.state = TrainState()
-
-    def step(self) -> None:
-        self.engine.train_step(rank_batches(self.plan, self.ranks.data_rank, self.state.step), 1e-3)
-        self.state = self.state.advance(8)
-        self.checkpoints.poll()
-
-    def save(self, **metrics: float) -> None:
-        self.checkpoints.save(self.state, metrics, evaluated=bool(metrics))
 
 
 def slow_writes(until: threading.Event) -> None:
@@ -57,7 +27,7 @@ def slow_writes(until: threading.Event) -> None:
 
 def save_while_training_goes_on(plan) -> tuple[bool, list[int]]:
     """Save step 1 in the background, write it only after two more steps, then save step 3."""
-    run, told, may_write = Run(plan), [], threading.Event()
+    run, told, may_write = SteppedRun(plan), [], threading.Event()
     run.checkpoints.on_saved = lambda saved: told.append(saved.step)
     run.step()
     slow_writes(may_write)
@@ -87,7 +57,7 @@ def test_what_is_written_is_the_state_of_its_step(tmp_path):
 
 
 def save_at_once(plan) -> None:
-    run = Run(plan)
+    run = SteppedRun(plan)
     run.step()
     run.save()
 
@@ -97,7 +67,7 @@ def fail_in_the_background(plan) -> tuple[int, str]:
     import megagpt.checkpoint.checkpoints as module
     from megagpt.errors import CheckpointError
 
-    run = Run(plan)
+    run = SteppedRun(plan)
     run.step()
     run.save()
     run.checkpoints.wait()
@@ -134,7 +104,7 @@ def save_on_a_small_disk(plan, free: int) -> str:
     from megagpt.errors import CheckpointError
 
     module.shutil.disk_usage = lambda path: SimpleNamespace(free=free)
-    run = Run(plan)
+    run = SteppedRun(plan)
     run.step()
     run.save()
     try:
@@ -157,7 +127,7 @@ def save_beyond_a_limit(plan) -> str:
 
     from megagpt.errors import CheckpointError
 
-    run = Run(plan)
+    run = SteppedRun(plan)
     run.step()
     run.save()
     run.checkpoints.wait()
@@ -185,7 +155,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(tmp_path):
 
 
 def train_and_stop(plan) -> None:
-    run, may_write = Run(plan), threading.Event()
+    run, may_write = SteppedRun(plan), threading.Event()
     run.step()
     slow_writes(may_write)
     run.save()
@@ -199,7 +169,7 @@ def test_leaving_waits_for_the_save_in_flight(tmp_path):
 
 
 def save_eight(plan, losses: dict[int, float]) -> None:
-    run = Run(plan)
+    run = SteppedRun(plan)
     for step in range(1, 9):
         run.step()
         if step in losses:

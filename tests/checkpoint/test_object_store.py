@@ -8,46 +8,12 @@ from pathlib import Path
 
 import pytest
 from ranks import RankFailedError, run_ranks
-from tiny import ADAM, rank_batches, tiny_plan, train_quietly
+from stepped import SteppedRun, plan_in
+from tiny import ADAM, tiny_plan, train_quietly
 
 from megagpt.storage import filesystem, location
 
 pytestmark = pytest.mark.usefixtures("libraries")
-
-
-def plan_in(directory: str, **layout):
-    checkpoint = {"directory": directory, **layout.pop("checkpoint", {})}
-    return tiny_plan(sections={"checkpoint": checkpoint}, **layout)
-
-
-class Run:
-    """A run on this rank, step by step."""
-
-    def __init__(self, plan):
-        from megagpt.checkpoint import Checkpoints, TrainState
-        from megagpt.engine import build_engine
-        from megagpt.parallel.console import Console
-        from megagpt.parallel.launch import detect_launch
-        from megagpt.parallel.ranks import start_ranks
-
-        self.plan = plan
-        self.ranks = start_ranks(plan, detect_launch())
-        self.engine = build_engine(plan, self.ranks)
-        self.checkpoints = Checkpoints(plan, self.engine, self.ranks, Console(1))
-        self.state = TrainState()
-
-    def step(self) -> float:
-        batches = rank_batches(self.plan, self.ranks.data_rank, self.state.step)
-        loss = self.engine.train_step(batches, 1e-3).loss
-        self.state = self.state.advance(8)
-        self.checkpoints.poll()
-        return float(loss)
-
-    def save(self, **metrics: float) -> None:
-        self.checkpoints.save(self.state, metrics, evaluated=bool(metrics))
-
-    def resume(self) -> None:
-        self.state = self.checkpoints.restore_latest()
 
 
 def names(url: str) -> list[str]:
@@ -59,7 +25,7 @@ def names(url: str) -> list[str]:
 
 def save_two_then_train(plan) -> list[float]:
     """Losses after the second save."""
-    run = Run(plan)
+    run = SteppedRun(plan)
     for _ in range(2):
         run.step()
         run.save()
@@ -69,7 +35,7 @@ def save_two_then_train(plan) -> list[float]:
 
 
 def resume_and_train(plan) -> list[float]:
-    run = Run(plan)
+    run = SteppedRun(plan)
     run.resume()
     return [run.step() for _ in range(2)]
 
@@ -186,7 +152,7 @@ def test_a_run_killed_while_it_saves_resumes_to_the_very_same_curve(bucket, data
 
 
 def save_three(plan) -> None:
-    run = Run(plan)
+    run = SteppedRun(plan)
     for _ in range(3):
         run.step()
         run.save()
@@ -194,7 +160,7 @@ def save_three(plan) -> None:
 
 
 def resumed_step(plan) -> int:
-    run = Run(plan)
+    run = SteppedRun(plan)
     run.resume()
     return run.state.step
 
@@ -215,7 +181,7 @@ def test_a_changed_object_is_found_and_set_aside(bucket):
 
 
 def save_eight(plan, losses: dict[int, float]) -> None:
-    run = Run(plan)
+    run = SteppedRun(plan)
     for step in range(1, 9):
         run.step()
         run.save(**({"validation_loss": losses[step]} if step in losses else {}))
@@ -251,7 +217,7 @@ def lose_the_store_while_saving(plan, server: int) -> tuple[int, str]:
     """The step and the words with which this rank learns that the store is gone."""
     from megagpt.errors import CheckpointError
 
-    run = Run(plan)
+    run = SteppedRun(plan)
     run.step()
     run.save()
     run.checkpoints.wait()
@@ -275,7 +241,7 @@ def restore_without_the_store(plan) -> str:
 
     lose_patience()
     try:
-        Run(plan).resume()
+        SteppedRun(plan).resume()
     except StorageError as error:
         return str(error)
     return "nothing was said"

@@ -81,6 +81,13 @@ def _fast(cluster: Cluster, run: Run) -> None:
         _shell(cluster, "tc qdisc del dev eth0 root", host)
 
 
+def _close_ports(cluster: Cluster, run: Run) -> None:
+    """As a firewall that lets only known services in: Slurm's own ports are below, and what is open stays open."""
+    rule = "tcp dport 32768-65535 tcp flags & (syn | ack) == syn drop"
+    chain = "input { type filter hook input priority 0; }"
+    _on(cluster, "nft", f"add table inet closed; add chain inet closed {chain}; add rule inet closed input {rule}")
+
+
 def _few_files(cluster: Cluster, run: Run) -> None:
     _shell(cluster, 'prlimit --pid "$(</run/slurmd.pid)" --nofile=512:512')
 
@@ -163,6 +170,14 @@ AILMENTS = {
         "failed",
         "GiB estimated per rank",
         overrides=("model.hidden_size=16384", "model.num_layers=64"),
+        group=2,
+    ),
+    "closed ports": Ailment(
+        _close_ports,
+        lambda cluster, run: _on(cluster, "nft", "delete table inet closed"),
+        "network",
+        "failed",
+        "node1 cannot reach node2: .* port [0-9]+: .*",
         group=2,
     ),
     "a slow link": Ailment(_slow, _fast, "network", "warning", "node1 to node2: .* Mbit/s"),

@@ -25,6 +25,7 @@ PROGRAMS = {
     "pdsh": "pdsh",
     "mpirun": "openmpi-bin",
     "ip": "iproute2",
+    "nft": "nftables",
 }
 """Program and the Debian package that brings it; .ci/run installs them."""
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"

@@ -10,7 +10,7 @@
 #   mount private /etc/hosts, /root/.ssh, /run, /dev/shm, /etc/resolv.conf; the rest of / is the "shared filesystem"
 #   pid   killing the host's init kills everything on it, and nothing else (also confines DeepSpeed's own `pkill -f`)
 # Teardown therefore is: kill -9 of the recorded init pids (checked by start time), nothing is ever matched by name.
-# Needs root with CAP_SYS_ADMIN/CAP_NET_ADMIN and: slurmctld slurmd slurm-client munge openssh-server pdsh iproute2.
+# Needs root with CAP_SYS_ADMIN/CAP_NET_ADMIN and: slurmctld slurmd slurm-client munge openssh-server pdsh iproute2 nftables.
 set -euo pipefail
 export TC_DIR=${TC_DIR:?a folder for the state of the cluster}
 export SLURM_CONF=$TC_DIR/slurm.conf

