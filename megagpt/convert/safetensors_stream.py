@@ -10,9 +10,11 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -83,11 +85,10 @@ def write_safetensors(
         header[name] = {"dtype": _CODES[dtypes[name]], "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    digest = hashlib.sha256()
-    with open(path, "xb", buffering=0) as file:
+    with open(path, "xb", buffering=0) as file, _Sha256() as digest:
         early = EarlySync(file.fileno())
         for part in (struct.pack("<Q", len(encoded)), encoded):
-            digest.update(part)
+            digest.update(memoryview(part))
             early.wrote(_write(file, memoryview(part)))
         for name, shape in shapes.items():
             rows = 0
@@ -97,13 +98,47 @@ def write_safetensors(
                 for data in _rounded(name, block, dtypes[name]):
                     digest.update(data)
                     early.wrote(_write(file, data))
-                del block  # frees it before the next one is made
+                digest.wait()
+                del data, block  # frees it before the next one is made
             assert rows == shape[0], name
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
     assert size == 8 + len(encoded) + end
     return WrittenFile(size, digest.hexdigest())
+
+
+class _Sha256:
+    """A hash that is computed in a thread of its own, while its caller writes what is hashed and makes what comes next.
+
+    It takes longer than reading, rounding and writing together, and needs no lock of the interpreter.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, "sha256")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def update(self, data: memoryview) -> None:
+        """Begin to hash `data`, which must stay as it is until the next `update` or `wait` returns."""
+        self.wait()
+        self._last = self._thread.submit(self._digest.update, data)
+
+    def wait(self) -> None:
+        """Wait for what was begun."""
+        if self._last is not None:
+            self._last.result()
+            self._last = None
+
+    def hexdigest(self) -> str:
+        self.wait()
+        return self._digest.hexdigest()
 
 
 def _write(file: FileIO, data: memoryview) -> int:
@@ -114,11 +149,12 @@ def _write(file: FileIO, data: memoryview) -> int:
 
 
 def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """A tensor's bytes after rounding to `dtype`, a piece at a time; each is valid until the next one."""
+    """A tensor's bytes after rounding to `dtype`, a piece at a time; each is valid until the next but one."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     step = CHUNK_BYTES // dtype.itemsize
-    memory = torch.empty(min(step, flat.numel()), dtype=dtype)
+    memory, other = (torch.empty(min(step, flat.numel()), dtype=dtype) for _ in range(2))
     for part in flat.split(step):
+        memory, other = other, memory
         rounded = part if part.dtype == dtype else memory[: len(part)].copy_(part)
         if not is_finite(rounded):
             raise _not_finite(name, flat, dtype)

@@ -10,26 +10,39 @@ pytestmark = pytest.mark.usefixtures("libraries")
 TOKENS, HIDDEN, VOCABULARY, PADDED = 50, 24, 90, 128
 
 
-def example(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+LOSS_TOKENS = 17.0
+"""What a sum of losses is divided by where some labels do not count: those of a whole batch, say."""
+
+
+def example(dtype: torch.dtype, masked: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator).to(dtype)
     weight = torch.randn(PADDED, HIDDEN, generator=generator).to(dtype)
-    return hidden, weight, torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+    labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+    if masked:
+        labels[torch.rand(TOKENS, generator=generator) < 0.4] = -100
+        labels[16:33] = -100  # with chunks of 16, all of one
+    return hidden, weight, labels
 
 
-def exact(dtype: torch.dtype, softcap: float | None = None) -> list[torch.Tensor]:
+def exact(dtype: torch.dtype, softcap: float | None = None, masked: bool = False) -> list[torch.Tensor]:
     """Loss and gradients for a loss of weight 3, in fp64 from the same inputs."""
-    hidden, weight, labels = example(dtype)
+    hidden, weight, labels = example(dtype, masked)
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     logits = (hidden @ weight.t())[:, :VOCABULARY]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    loss = torch.nn.functional.cross_entropy(logits, labels)
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")  # 0 where the label is -100
+    loss = losses.sum() / (LOSS_TOKENS if masked else TOKENS)
     return [loss.detach(), *torch.autograd.grad(3 * loss, (hidden, weight))]
 
 
 def found(
-    dtype: torch.dtype, tokens_per_chunk: int, tensor_size: int = 1, softcap: float | None = None
+    dtype: torch.dtype,
+    tokens_per_chunk: int,
+    tensor_size: int = 1,
+    softcap: float | None = None,
+    masked: bool = False,
 ) -> list[torch.Tensor]:
     """The same from `head_loss`, on this rank's part of the vocabulary."""
     from megatron.core import tensor_parallel
@@ -41,24 +54,26 @@ def found(
     module.head_chunk_tokens = lambda *_: tokens_per_chunk
     module.CACHED_BYTES = 7 * 4 * PADDED  # some rows at a time, the last time fewer
     ranks = start_ranks(tiny_plan(tp=2), detect_launch()) if tensor_size > 1 else start_single_process()
-    hidden, weight, labels = example(dtype)
+    hidden, weight, labels = example(dtype, masked)
+    loss_tokens = torch.tensor(LOSS_TOKENS) if masked else None
     rows = PADDED // tensor_size
     weight = weight[ranks.tensor_rank * rows :][:rows].clone().requires_grad_()
     hidden.requires_grad_()
     num_real = min(max(VOCABULARY - ranks.tensor_rank * rows, 0), rows)
     copied = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-    loss = module.head_loss(copied, weight, labels, num_real, softcap)
+    loss = module.head_loss(copied, weight, labels, num_real, softcap, loss_tokens)
     with torch.no_grad():
-        assert module.head_loss(hidden, weight, labels, num_real, softcap) == loss, "without gradients"
+        without = module.head_loss(hidden, weight, labels, num_real, softcap, loss_tokens)
+        assert without == loss, "without gradients"
     (3 * loss).backward()
     assert loss.dtype is torch.float32
     assert hidden.grad.dtype is weight.grad.dtype is dtype
     return [x.detach().double().numpy() for x in (loss, hidden.grad, weight.grad)]
 
 
-def largest_difference(results: list, dtype: torch.dtype, softcap: float | None = None) -> float:
+def largest_difference(results: list, dtype: torch.dtype, softcap: float | None = None, masked: bool = False) -> float:
     """Relative to the largest entry, over loss and both gradients; `results` has one entry per rank."""
-    expected = exact(dtype, softcap)
+    expected = exact(dtype, softcap, masked)
     actual = [torch.tensor(results[0][0]), torch.tensor(results[0][1])]
     actual.append(torch.cat([torch.tensor(weight) for *_, weight in results]))
     pairs = zip(actual, expected, strict=True)
@@ -75,6 +90,13 @@ def test_the_vocabulary_may_be_cut_over_ranks():
     results = run_ranks(found, 2, torch.float32, 16, tensor_size=2)
     assert largest_difference(results, torch.float32) < 1e-6
     assert (results[0][1] == results[1][1]).all(), "ranks agree on the gradient of the hidden states"
+
+
+@pytest.mark.parametrize(("tensor_size", "tokens_per_chunk"), [(1, TOKENS), (1, 16), (2, 16)])
+def test_labels_below_zero_do_not_count(tensor_size, tokens_per_chunk):
+    results = run_ranks(found, tensor_size, torch.float32, tokens_per_chunk, tensor_size=tensor_size, masked=True)
+    assert largest_difference(results, torch.float32, masked=True) < 1e-6
+    assert (results[0][1][16:33] == 0).all(), "nothing flows back from them"
 
 
 def test_logits_may_be_soft_capped():
