@@ -38,8 +38,8 @@ class Ailment:
     """Of the run config, for the doctor."""
     variables: str = ""
     """For the job, `NAME=value,...`."""
-    group: int = 1
-    """Those of one group do not hide each other."""
+    group: int | None = 1
+    """Those of one group do not hide each other; None: it hides all others, and takes a minute."""
 
     def is_in(self, findings: list[dict[str, str]]) -> bool:
         """Whether the doctor has found it."""
@@ -81,11 +81,16 @@ def _fast(cluster: Cluster, run: Run) -> None:
         _shell(cluster, "tc qdisc del dev eth0 root", host)
 
 
-def _close_ports(cluster: Cluster, run: Run) -> None:
-    """As a firewall that lets only known services in: Slurm's own ports are below, and what is open stays open."""
-    rule = "tcp dport 32768-65535 tcp flags & (syn | ack) == syn drop"
+def _close(ports: str, host: str = NODE) -> Callable[[Cluster, Run], object]:
+    """As a firewall that lets known services in only; what is open stays open."""
+    rule = f"tcp dport {ports} tcp flags & (syn | ack) == syn drop"
     chain = "input { type filter hook input priority 0; }"
-    _on(cluster, "nft", f"add table inet closed; add chain inet closed {chain}; add rule inet closed input {rule}")
+    words = f"add table inet closed; add chain inet closed {chain}; add rule inet closed input {rule}"
+    return lambda cluster, run: _on(cluster, "nft", words, host=host)
+
+
+def _open(host: str = NODE) -> Callable[[Cluster, Run], object]:
+    return lambda cluster, run: _on(cluster, "nft", "delete table inet closed", host=host)
 
 
 def _few_files(cluster: Cluster, run: Run) -> None:
@@ -173,12 +178,21 @@ AILMENTS = {
         group=2,
     ),
     "closed ports": Ailment(
-        _close_ports,
-        lambda cluster, run: _on(cluster, "nft", "delete table inet closed"),
+        _close("32768-65535"),  # what the system hands out; Slurm's own are below
+        _open(),
         "network",
         "failed",
         "node1 cannot reach node2: .* port [0-9]+: .*",
         group=2,
+    ),
+    "the port closed at which ranks meet": Ailment(
+        _close("20000-29999", "node1"),
+        _open("node1"),
+        "meeting",
+        "failed",
+        "of 4 ranks 2 have not come to node1:2[0-9]+ within 60 s: 2, 3; see what their hosts print",
+        variables="MASTER_PORT=23456",
+        group=None,
     ),
     "a slow link": Ailment(_slow, _fast, "network", "warning", "node1 to node2: .* Mbit/s"),
 }

@@ -40,6 +40,8 @@ class Fault:
     """Seconds from the fault to its words."""
     pace: float = 0.4
     """Seconds that a step takes at least."""
+    hurries: bool = True
+    """Whether a job that is queued again is started at once, not after the two minutes that Slurm leaves itself."""
     once: bool = False
     """Whether a run can meet it but once."""
     sections: tuple[tuple[str, dict], ...] = ()
@@ -147,7 +149,7 @@ class Drill:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}\n{self.output()}"
-            if self.state() == "PENDING":
+            if self.state() == "PENDING" and self._first.hurries:
                 self.cluster.hurry(self.job)
             time.sleep(0.3)
 
