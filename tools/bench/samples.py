@@ -24,6 +24,7 @@ from rich.table import Table
 from megagpt.data.indexed import IndexedWriter, bin_path
 from megagpt.data.manifest import FORMAT, Manifest, write_manifest
 from megagpt.errors import run_command
+from megagpt.parallel.console import quiet_libraries
 
 SEQ_LENGTH = 2048
 VOCABULARY = 32000
@@ -145,6 +146,7 @@ def megagpt_side(prefixes: list[str], samples: int, _: str) -> Cost:
 
 def megatron_side(prefixes: list[str], samples: int, cache: str) -> Cost:
     """Megatron-Core's GPTDataset or BlendedDataset."""
+    quiet_libraries(verbose=False)
     import torch
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
