@@ -35,6 +35,7 @@ def leave_with(folder: Path, error: Exception, disk_is_full: bool) -> None:
         pass
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # the child takes no lock
 @pytest.mark.parametrize(
     ("error", "disk_is_full", "is_lost"),
     [
