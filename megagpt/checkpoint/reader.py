@@ -31,8 +31,13 @@ def list_checkpoints(directory: Location) -> list[Location]:
 
 def step_folders(directory: Location) -> list[Location]:
     """What has the name of a checkpoint in a directory that is there, complete or not, newest first."""
-    named = [path for path in directory.iterdir() if path.name.startswith(STEP_PREFIX)]
-    return sorted((path for path in named if path.name[len(STEP_PREFIX) :].isdigit()), key=str, reverse=True)
+    named = [path for path in directory.iterdir() if is_step_name(path.name)]
+    return sorted(named, key=lambda path: (int(path.name.removeprefix(STEP_PREFIX)), path.name), reverse=True)
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint's."""
+    return name.startswith(STEP_PREFIX) and name.removeprefix(STEP_PREFIX).isdecimal()
 
 
 def find_checkpoint(path: Location) -> Location:

@@ -281,6 +281,24 @@ def test_the_tool_lists_verifies_and_shows(run, tmp_path):
     assert len(lines) == 4 + 2 + 1 + 27
 
 
+def test_steps_of_more_digits_than_names_have_are_newer(run, tmp_path):
+    from megagpt.checkpoint import find_checkpoint
+    from megagpt.plan.evaluation import read_saved_run
+
+    shutil.copytree(run / "step-00000001", tmp_path / "step-99999999")
+    shutil.copytree(run / "step-00000002", tmp_path / "step-100000000")
+    (tmp_path / "step-²").mkdir()
+    assert find_checkpoint(tmp_path).name == "step-100000000"
+    assert read_saved_run(tmp_path).step == 2
+
+
+def test_the_tool_takes_a_run_that_is_called_like_a_checkpoint(run, tmp_path):
+    shutil.copytree(run, tmp_path / "step-sizes")
+    code, said = inspect(tmp_path / "step-sizes")
+    assert code == 0
+    assert said.splitlines()[1].startswith("step-00000002")
+
+
 def test_the_tool_compares_two(run):
     one, other = run / "step-00000001", run / "step-00000002"
     assert inspect(one, "--compare", one) == (0, f"{one} and {one}\nall tensors are equal, bit for bit\n")
