@@ -213,11 +213,19 @@ def test_the_old_export_comes_back_if_the_rename_fails(tmp_path, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(OSError, match="disk trouble"):
+    with pytest.raises(ConversionError, match=r"out cannot be written \(disk trouble\)"):
         export(tmp_path / "out", model, random_weights(model, seed=2), overwrite=True)
     expected = random_weights(model, seed=1)["final_norm.weight"]
     assert torch.equal(stored(tmp_path / "out")["model.norm.weight"], expected)
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_target_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for target in (tmp_path / "file" / "out", tmp_path / ("long" * 62)):
+        with pytest.raises(ConversionError, match=rf"{target.name} cannot be written \(.*; make room, or give another"):
+            export(target, model_of("llama"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_user_errors_come_before_any_work(tmp_path):
