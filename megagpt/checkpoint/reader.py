@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megagpt.checkpoint.manifest import MANIFEST, MANIFEST_HASH, PROBE, Manifest, Parameter, Piece, read_manifest
 from megagpt.checkpoint.tensor_file import DamagedError, TensorFile
-from megagpt.errors import CheckpointError, ConfigError
+from megagpt.errors import CheckpointError, ConfigError, OtherVersionError
 from megagpt.host_tensors import host_memory
 from megagpt.model.partition import partition_of
 from megagpt.plan import RunConfig, run_config_from_dict
@@ -65,6 +65,7 @@ class CheckpointReader:
 
     Raises:
         CheckpointError: the manifest is missing or damaged.
+        OtherVersionError: it is whole, but this version cannot read it.
         StorageError: here as in all methods: the store refuses or does not answer.
     """
 
@@ -75,7 +76,7 @@ class CheckpointReader:
             self.run: RunConfig = run_config_from_dict(self.manifest.run, source=f"{folder}/manifest.json")
             """The run that wrote it."""
         except ConfigError as error:
-            raise CheckpointError(f"{error}; another version of megagpt may read this checkpoint") from None
+            raise OtherVersionError(f"{error}; another version of megagpt may read this checkpoint") from None
         self._gated = self.run.model.is_gated
         for name, parameter in self.manifest.parameters.items():
             self._require_known(name, len(parameter.shape))
