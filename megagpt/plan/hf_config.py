@@ -167,8 +167,9 @@ def _qwen3(config: _Config) -> dict[str, Any]:
 
 
 def _mixtral(config: _Config) -> dict[str, Any]:
-    keys = _llama_like(config, epsilon=1e-5) | {"sliding_window": config.get("sliding_window")}
+    keys = _llama_like(config, epsilon=1e-5) | _rope(config, 1_000_000.0)
     return keys | {
+        "sliding_window": config.get("sliding_window"),
         "num_experts": config.get("num_local_experts") or config.get("num_experts") or 8,
         "moe_router_topk": config.get("num_experts_per_tok", 2),
         "moe_ffn_hidden_size": keys["ffn_hidden_size"],

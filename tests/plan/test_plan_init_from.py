@@ -51,6 +51,17 @@ def test_sizes_come_from_the_folder(folder):
     assert run.training.seq_length == 64
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"])
+def test_a_rotary_base_that_is_not_given_is_that_of_transformers(family, tmp_path):
+    from transformers import AutoConfig
+
+    config = {key: value for key, value in LLAMA.items() if not key.startswith("rope")} | {"model_type": family}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    theirs = theirs.get("full_attention", theirs)
+    assert run_of(str(tmp_path)).model.rotary_base == theirs["rope_theta"]
+
+
 def test_what_changes_no_logit_may_differ(folder):
     model = run_of(
         folder(), num_layers=3, vocab_size=160, hidden_dropout=0.1, init_method_std=0.01, max_position_embeddings=128
