@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from megagpt.convert.canonical import canonical_shapes
+from megagpt.convert.forked import run_forked
 from megagpt.convert.safetensors_stream import plan_shards, shard_names
 from megagpt.convert.tables import family_for
 from megagpt.convert.verify import compare_logits
@@ -95,6 +97,15 @@ def test_several_processes_write_the_same_bytes(tmp_path):
     one, three = ({p.name: p.read_bytes() for p in (tmp_path / f"by{n}" / "out").iterdir()} for n in (1, 3))
     assert one == three
     assert len(one) > 6
+
+
+def test_no_more_processes_than_files_are_started(monkeypatch):
+    started = []
+    context = multiprocessing.get_context("fork")
+    begin = context.Process.start
+    monkeypatch.setattr(context.Process, "start", lambda process: (started.append(process), begin(process)))
+    assert run_forked(lambda number: number + 1, [1, 2], workers=50) == [2, 3]
+    assert len(started) == 2
 
 
 def test_what_a_worker_meets_is_told(tmp_path):
