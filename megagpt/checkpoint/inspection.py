@@ -1,6 +1,7 @@
 """Look into checkpoints: list and verify them, show their parameters, compare two."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ def summarise(path: Location, with_hash: bool) -> list[Summary]:
     Raises:
         CheckpointError: there is none.
     """
+    if isinstance(path, Path) and path.name in ("", ".."):  # the working directory, whose name says which one it is
+        path = path.resolve()
     if is_step_name(path.name) or (path / MANIFEST).exists():
         folders = [path]
     else:

@@ -92,6 +92,20 @@ class Retention:
             write_whole(path, content.encode())
 
 
+def set_pinned(folder: Location, pinned: bool) -> None:
+    """Keep a checkpoint for ever, or leave it to the run's retention again.
+
+    Raises:
+        CheckpointError: its folder cannot be written to.
+    """
+    try:
+        (folder / PINNED).touch() if pinned else (folder / PINNED).unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder / PINNED}: cannot be {'made' if pinned else 'removed'} ({error.strerror}); mend the folder's rights"
+        ) from None
+
+
 def remove(folder: Location, before_deletion: Callable[[], None] = lambda: None) -> None:
     """Delete a checkpoint so that a kill leaves it whole or away: it is renamed first, or loses what makes it one."""
     if isinstance(folder, RemotePath):

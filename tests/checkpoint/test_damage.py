@@ -299,6 +299,27 @@ def test_the_tool_takes_a_run_that_is_called_like_a_checkpoint(run, tmp_path):
     assert said.splitlines()[1].startswith("step-00000002")
 
 
+def test_the_tool_knows_the_working_directory_by_its_name(run, tmp_path, monkeypatch):
+    from megagpt.checkpoint.inspection import summarise
+
+    shutil.copytree(run, tmp_path / "run")
+    for there, given in ((".", "."), ("below", "..")):
+        folder = tmp_path / "run" / "step-00000002" / there
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        (summary,) = summarise(Path(given), with_hash=False)
+        assert (summary.folder.name, summary.marks) == ("step-00000002", ("latest", "best"))
+
+
+def test_a_checkpoint_that_cannot_be_pinned_is_one_error(run, tmp_path):
+    shutil.copytree(run / "step-00000001", tmp_path / "step-00000001")
+    (tmp_path / "step-00000001" / "pinned").symlink_to(tmp_path / "absent" / "pinned")
+    code, said = inspect(tmp_path, "--pin")
+    assert code == 2
+    assert said.startswith(f"error: {tmp_path}/step-00000001/pinned: cannot be made (No such file or directory); mend")
+    assert said.count("\n") == 1
+
+
 def test_the_tool_compares_two(run):
     one, other = run / "step-00000001", run / "step-00000002"
     assert inspect(one, "--compare", one) == (0, f"{one} and {one}\nall tensors are equal, bit for bit\n")
