@@ -250,6 +250,12 @@ BAD_INPUT = {
         written("checkpoints", ""),
         "checkpoint.directory=checkpoints cannot be written to (Not a directory); give a writable folder",
     ),
+    "a link to nowhere for a folder": (
+        [],
+        1,
+        lambda folder: (folder / "checkpoints").symlink_to(folder / "absent"),
+        "checkpoint.directory=checkpoints cannot be written to (No such file or directory); give a writable folder",
+    ),
 }
 
 
@@ -259,13 +265,13 @@ def test_bad_input_gives_one_clear_message_and_leaves_nothing(workplace, argumen
 
     if prepare is not None:
         prepare(workplace)
-    before = {path: path.stat().st_mtime_ns for path in workplace.rglob("*")}
+    before = {path: path.lstat().st_mtime_ns for path in workplace.rglob("*")}
     ((code, said, warned),) = run_ranks(command, 1, workplace, world_size, [*ARGUMENTS, *arguments])
     pattern = re.escape(f"error: {message}\n").replace(r"\*", r"[0-9a-f]+")
     pattern += r"(advice: (nearest|no) layout of [^\n]*\n)?"  # what it says is tested with the plan
     assert re.fullmatch(pattern, warned), warned
     assert (code, said) == (2, "")
-    assert {path: path.stat().st_mtime_ns for path in workplace.rglob("*")} == before
+    assert {path: path.lstat().st_mtime_ns for path in workplace.rglob("*")} == before
 
 
 def test_a_checkpoint_of_another_model_is_refused(workplace, trained):
