@@ -94,6 +94,6 @@ def test_new_tokens_pickles_and_what_goes_wrong(tmp_path):
         import_checkpoint(tmp_path / "hf", tmp_path / "other")
     with pytest.raises(ConversionError, match=r"config.json/made cannot be written \(.*make room, or give another"):
         import_checkpoint(tmp_path / "hf", tmp_path / "hf" / "config.json" / "made")
-    with pytest.raises(DataError, match="tokenizer absent.model does not exist"):
+    with pytest.raises(DataError, match=r"tokenizer absent\.model does not exist"):
         import_checkpoint(tmp_path / "hf", tmp_path / "other", tokenizer="absent.model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "made"]

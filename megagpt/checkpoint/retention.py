@@ -101,9 +101,8 @@ def set_pinned(folder: Location, pinned: bool) -> None:
     try:
         (folder / PINNED).touch() if pinned else (folder / PINNED).unlink(missing_ok=True)
     except OSError as error:
-        raise CheckpointError(
-            f"{folder / PINNED}: cannot be {'made' if pinned else 'removed'} ({error.strerror}); mend the folder's rights"
-        ) from None
+        what = "made" if pinned else "removed"
+        raise CheckpointError(f"{folder / PINNED}: cannot be {what} ({error.strerror}); mend the folder's rights") from None
 
 
 def remove(folder: Location, before_deletion: Callable[[], None] = lambda: None) -> None:

@@ -303,11 +303,11 @@ def test_the_tool_knows_the_working_directory_by_its_name(run, tmp_path, monkeyp
     from megagpt.checkpoint.inspection import summarise
 
     shutil.copytree(run, tmp_path / "run")
-    for there, given in ((".", "."), ("below", "..")):
+    for there, named in ((".", "."), ("below", "..")):
         folder = tmp_path / "run" / "step-00000002" / there
         folder.mkdir(exist_ok=True)
         monkeypatch.chdir(folder)
-        (summary,) = summarise(Path(given), with_hash=False)
+        (summary,) = summarise(Path(named), with_hash=False)
         assert (summary.folder.name, summary.marks) == ("step-00000002", ("latest", "best"))
 
 
