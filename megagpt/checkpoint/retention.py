@@ -102,7 +102,7 @@ def set_pinned(folder: Location, pinned: bool) -> None:
         (folder / PINNED).touch() if pinned else (folder / PINNED).unlink(missing_ok=True)
     except OSError as error:
         what = "made" if pinned else "removed"
-        raise CheckpointError(f"{folder / PINNED}: cannot be {what} ({error.strerror}); mend the folder's rights") from None
+        raise CheckpointError(f"{folder / PINNED}: cannot be {what} ({error.strerror}); mend its rights") from None
 
 
 def remove(folder: Location, before_deletion: Callable[[], None] = lambda: None) -> None:
