@@ -274,6 +274,8 @@ class Checkpoints:
         problem = None
         try:
             action()
+        except (FileNotFoundError, FileExistsError) as error:  # what another rank made is gone, or is not seen here
+            problem = f"rank {self.ranks.rank}: {error}: do all hosts see it, and does no other run save there?"
         except (OSError, MegagptError) as error:
             problem = f"rank {self.ranks.rank}: {error}"
         except Exception as error:  # a bug here must not leave the other ranks waiting

@@ -281,6 +281,25 @@ def test_a_finished_run_is_told_apart_from_another_models(tmp_path):
         finished_step(tiny_plan("gpt2", steps=2, sections=sections))
 
 
+def test_another_run_that_saves_there_is_suspected(tmp_path):
+    """It removes what it takes for the rest of a killed run."""
+
+    def disturbed() -> None:
+        import megagpt.checkpoint.checkpoints as module
+
+        write = module.write_tensors
+
+        def swept(path, tensors):
+            shutil.rmtree(path.parent)
+            return write(path, tensors)
+
+        module.write_tensors = swept
+        curve(plan_in(tmp_path), save_at=1, until=1)
+
+    with pytest.raises(RankFailedError, match=r"could not be saved \(rank 0: .*and does no other run save there\?"):
+        run_ranks(disturbed, 1)
+
+
 def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
     plan = plan_in(tmp_path, dp=2)
     run_ranks(curve, 2, plan, save_at=1, until=1)
