@@ -320,6 +320,26 @@ def test_a_checkpoint_that_cannot_be_pinned_is_one_error(run, tmp_path):
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("failing", ["rmdir", "rename"])
+def test_a_checkpoint_that_cannot_be_deleted_yet_does_not_end_the_run(run, tmp_path, monkeypatch, failing):
+    from megagpt.checkpoint.retention import Retention
+    from megagpt.plan.config import CheckpointConfig
+
+    def busy(*args, **kwargs):
+        raise OSError(16, "Device or resource busy")
+
+    shutil.copytree(run, tmp_path / "run")
+    retention = Retention(tmp_path / "run", CheckpointConfig(keep_last=1, keep_best=0))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, busy)
+        retention.apply()
+    assert (tmp_path / "run" / "step-00000001").exists() == (failing == "rename")
+    retention.clean()
+    retention.apply()
+    left = sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir())
+    assert left == ["step-00000002"]
+
+
 def test_the_tool_compares_two(run):
     one, other = run / "step-00000001", run / "step-00000002"
     assert inspect(one, "--compare", one) == (0, f"{one} and {one}\nall tensors are equal, bit for bit\n")
