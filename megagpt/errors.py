@@ -39,6 +39,10 @@ class CheckpointError(MegagptError):
     """A checkpoint is missing, damaged or belongs to another model."""
 
 
+class OtherVersionError(CheckpointError):
+    """A checkpoint is whole, but another version of megagpt has written it."""
+
+
 class StorageError(MegagptError):
     """An object store refuses, is not there or does not answer; nothing is said about what it holds."""
 

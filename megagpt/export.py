@@ -10,7 +10,7 @@ from megagpt.convert.certificate import Certificate
 from megagpt.convert.layerwise import LayerwiseTransformer
 from megagpt.convert.safetensors_stream import TORCH_DTYPES
 from megagpt.convert.tables import FAMILIES, Dtype, Family
-from megagpt.convert.verify import RELATIVE_TOLERANCE, quiet_transformers, report_logits
+from megagpt.convert.verify import RELATIVE_TOLERANCE, quiet_transformers, report_logits, require_same_tokens
 from megagpt.convert.writer import Export, write_hf_folder
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import ConversionError
@@ -73,6 +73,9 @@ def export_checkpoint(
     chosen = tokenizer_path(reader, tokenizer)
     if tokenizer is not None and run.data.tokenizer is not None:
         _require_size(Tokenizer.load(tokenizer), run.model.vocab_size)
+    wanted = None if family is None else _family(family, reader)
+    if wanted is not None and chosen is not None:
+        require_same_tokens(wanted, run.model, chosen)
     with one_thread():
         return write_hf_folder(
             output,
@@ -86,7 +89,7 @@ def export_checkpoint(
             overwrite=overwrite,
             read_rows=reader.stored_rows,
             certify=lambda folder: certify(folder, reader, dtype),
-            family=None if family is None else _family(family, reader),
+            family=wanted,
             workers=workers,
         )
 

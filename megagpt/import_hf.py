@@ -28,6 +28,7 @@ from megagpt.checkpoint.tensor_file import write_tensors
 from megagpt.convert.canonical import canonical_shapes
 from megagpt.convert.safetensors_stream import is_finite
 from megagpt.convert.writer import BLOCK_BYTES
+from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import ConversionError, StorageError
 from megagpt.host_tensors import MemoryPool, one_thread
 from megagpt.layerwise import LayerwiseGPT
@@ -78,15 +79,19 @@ def import_checkpoint(
 
     Raises:
         ConfigError: config.json is missing, damaged or of a family that we do not know.
-        ConversionError: a file is damaged, tensors are missing, unknown or of another shape, or `output` exists.
+        ConversionError: a file is damaged, tensors are missing, unknown or of another shape, or `output` exists or
+            cannot be written.
+        DataError: the tokenizer that was given is missing or damaged.
         StorageError: the store refuses or does not answer.
     """
     if isinstance(output, Path):
         output = Path(os.path.abspath(output))
-    if output.exists() or (isinstance(output, Path) and os.path.lexists(output)):
+    if os.path.lexists(output) if isinstance(output, Path) else output.exists():
         raise ConversionError(f"{output} exists; give another folder")
-    if tokenizer is None and (folder / "tokenizer.json").is_file():
-        tokenizer = str((folder / "tokenizer.json").absolute())
+    if tokenizer is not None:
+        Tokenizer.load(tokenizer)
+    elif (folder / "tokenizer.json").is_file():
+        tokenizer = str(folder / "tokenizer.json")
     plan = _plan(folder, output, vocab_size, tokenizer)
     weights = open_pretrained(str(folder), plan.model, allow_pickle)
     with one_thread():
@@ -99,16 +104,18 @@ def import_checkpoint(
 
 
 def _write_local(output: Path, weights: PretrainedWeights, plan: Plan) -> int:
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
-    (partial / STEP).mkdir(parents=True)
     try:
+        (partial / STEP).mkdir(parents=True)
         size = _write_checkpoint(partial / STEP, weights, plan)
         sync_path(partial / STEP)
         (partial / CONFIG).write_text(_run_yaml(plan), encoding="utf-8")
         sync_path(partial / CONFIG)
         os.rename(partial, output)
         sync_path(output.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ConversionError(f"{output} cannot be written ({error}); make room, or give another folder") from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -130,7 +137,7 @@ def _plan(folder: Path, output: Location, vocab_size: int | None, tokenizer: str
     model = {"init_from": str(folder)} | ({} if vocab_size is None else {"vocab_size": vocab_size})
     tree = {
         "model": model,
-        "data": {} if tokenizer is None else {"tokenizer": tokenizer},
+        "data": {} if tokenizer is None else {"tokenizer": os.path.abspath(tokenizer)},
         "training": {"steps": 1},
         "checkpoint": {"directory": str(output / "checkpoints")},
     }

@@ -5,6 +5,7 @@ Also started by torchrun, srun, mpirun or plain python; the ranks are found out 
 
 import argparse
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -144,7 +145,7 @@ def require_writable_folders(plan: Plan, ranks: "Ranks") -> None:
                 problems.append(f"{key}={directory} cannot be written to: {error}")
             continue
         path = place.absolute()
-        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+        nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
         try:
             with tempfile.TemporaryFile(dir=nearest):
                 pass

@@ -8,7 +8,7 @@ import yaml
 from ranks import in_own_process
 from safetensors.torch import load_file, save_file
 
-from megagpt.errors import ConversionError
+from megagpt.errors import ConversionError, DataError
 from megagpt.plan import run_config_from_dict
 
 pytestmark = pytest.mark.usefixtures("libraries")
@@ -92,4 +92,8 @@ def test_new_tokens_pickles_and_what_goes_wrong(tmp_path):
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
     with pytest.raises(ConversionError, match=r"layers.1.input_layernorm.weight has values that are not finite"):
         import_checkpoint(tmp_path / "hf", tmp_path / "other")
+    with pytest.raises(ConversionError, match=r"config.json/made cannot be written \(.*make room, or give another"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "hf" / "config.json" / "made")
+    with pytest.raises(DataError, match=r"tokenizer absent\.model does not exist"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "other", tokenizer="absent.model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "made"]

@@ -4,18 +4,17 @@ A run can also start from the folder itself: `model.init_from` in the run config
 """
 
 import argparse
-from pathlib import Path
 
 from megagpt.errors import run_command
 from megagpt.parallel.console import quiet_libraries
-from megagpt.storage import location
+from megagpt.storage import local_folder, location
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Write a Hugging Face model as a checkpoint of step 0 for any layout, with a run config beside it."
     )
-    parser.add_argument("--input", required=True, type=Path, help="folder of a Hugging Face model")
+    parser.add_argument("--input", required=True, type=local_folder, help="folder of a Hugging Face model")
     parser.add_argument("--output", required=True, type=location, help="folder to write; must not exist")
     parser.add_argument("--vocab-size", type=int, help="another number of tokens: new ones start at the mean")
     parser.add_argument("--tokenizer", help="tokenizer of the run (default: the folder's tokenizer.json)")

@@ -1,11 +1,11 @@
 """Convert a checkpoint to a Hugging Face folder: `python tools/convert_to_hf.py --checkpoint DIR --output DIR`."""
 
 import argparse
-from pathlib import Path
+import math
 
-from megagpt.errors import run_command
+from megagpt.errors import ConfigError, run_command
 from megagpt.parallel.console import quiet_libraries
-from megagpt.storage import location
+from megagpt.storage import local_folder, location
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
         type=location,
         help="a checkpoint, or a run's checkpoint.directory",
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder to write; must not exist")
+    parser.add_argument("--output", required=True, type=local_folder, help="folder to write; must not exist")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights"
     )
@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--verbose", action="store_true", help="show the libraries' warnings")
     args = parser.parse_args()
+    if not 1e-9 <= args.max_shard_gb < math.inf:
+        raise ConfigError(f"--max-shard-gb={args.max_shard_gb} must be a number of at least 1e-9; the usual value is 5")
     quiet_libraries(args.verbose)
 
     from megagpt.export import export_checkpoint

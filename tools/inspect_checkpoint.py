@@ -27,7 +27,7 @@ def main() -> int:
     quiet_libraries(verbose=False)
     from megagpt.checkpoint import CheckpointReader, find_checkpoint
     from megagpt.checkpoint.inspection import comparison, details, parameter_table, summarise, summary_table
-    from megagpt.checkpoint.retention import PINNED
+    from megagpt.checkpoint.retention import set_pinned
 
     if args.compare is not None:
         folders = find_checkpoint(args.checkpoint), find_checkpoint(args.compare)
@@ -35,10 +35,8 @@ def main() -> int:
         same, text = comparison(*map(CheckpointReader, folders))
         print(text)
         return 0 if same else 1
-    if args.pin:
-        (find_checkpoint(args.checkpoint) / PINNED).touch()
-    if args.unpin:
-        (find_checkpoint(args.checkpoint) / PINNED).unlink(missing_ok=True)
+    if args.pin or args.unpin:
+        set_pinned(find_checkpoint(args.checkpoint), args.pin)
     summaries = summarise(args.checkpoint, with_hash=args.verify)
     print(summary_table(summaries))
     damaged = [summary for summary in summaries if summary.problems]

@@ -30,7 +30,7 @@ from megagpt.checkpoint.restore import Restorer
 from megagpt.checkpoint.retention import Retention, remove
 from megagpt.checkpoint.state import TrainedModel, TrainState
 from megagpt.checkpoint.tensor_file import file_bytes, write_tensors
-from megagpt.errors import CheckpointError, MegagptError
+from megagpt.errors import CheckpointError, MegagptError, OtherVersionError
 from megagpt.model.initialize import full_shape
 from megagpt.model.partition import partition_of
 from megagpt.optim import MOMENTS
@@ -64,7 +64,9 @@ def finished_step(plan: Plan) -> int | None:
     for folder in list_checkpoints(location(directory)) if directory else []:
         try:
             reader = CheckpointReader(folder)
-        except CheckpointError:  # restoring will tell
+        except OtherVersionError:  # restoring will tell, here and below
+            return None
+        except CheckpointError:
             continue
         if reader.manifest.step < plan.run.training.steps or reader.problems(with_hash=False):
             return None
@@ -272,6 +274,8 @@ class Checkpoints:
         problem = None
         try:
             action()
+        except (FileNotFoundError, FileExistsError) as error:  # what another rank made is gone, or is not seen here
+            problem = f"rank {self.ranks.rank}: {error}: do all hosts see it, and does no other run save there?"
         except (OSError, MegagptError) as error:
             problem = f"rank {self.ranks.rank}: {error}"
         except Exception as error:  # a bug here must not leave the other ranks waiting

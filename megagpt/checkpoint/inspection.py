@@ -1,12 +1,13 @@
 """Look into checkpoints: list and verify them, show their parameters, compare two."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megagpt.checkpoint.manifest import MANIFEST
-from megagpt.checkpoint.reader import STEP_PREFIX, CheckpointReader, list_checkpoints
+from megagpt.checkpoint.reader import STEP_PREFIX, CheckpointReader, is_step_name, list_checkpoints
 from megagpt.checkpoint.restore import DAMAGED_PREFIX
 from megagpt.checkpoint.retention import BEST, LATEST, PINNED
 from megagpt.errors import CheckpointError
@@ -48,7 +49,9 @@ def summarise(path: Location, with_hash: bool) -> list[Summary]:
     Raises:
         CheckpointError: there is none.
     """
-    if path.name.startswith(STEP_PREFIX) or (path / MANIFEST).exists():
+    if isinstance(path, Path) and path.name in ("", ".."):  # the working directory, whose name says which one it is
+        path = path.resolve()
+    if is_step_name(path.name) or (path / MANIFEST).exists():
         folders = [path]
     else:
         folders = list_checkpoints(path)

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megagpt.errors import CheckpointError
+from megagpt.errors import CheckpointError, OtherVersionError
 from megagpt.storage import Location
 from megagpt.storage.local import sync_path
 
@@ -123,7 +123,8 @@ def read_manifest(folder: Location) -> Manifest:
     """Read and check a checkpoint's manifest.
 
     Raises:
-        CheckpointError: it is missing, not JSON, of another format version, or names files outside the folder.
+        CheckpointError: it is missing, not JSON, or names files outside the folder.
+        OtherVersionError: it is of another format version.
         StorageError: the store refuses or does not answer.
     """
     path = folder / MANIFEST
@@ -152,7 +153,8 @@ def parse_manifest(path: Location, text: bytes) -> Manifest:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); use another checkpoint") from None
     found = tree.get("format") if isinstance(tree, dict) else None
     if found != FORMAT:
-        raise CheckpointError(f"{path}: format={found!r}, this version reads format {FORMAT}; use a matching megagpt")
+        kind = OtherVersionError if type(found) is int else CheckpointError
+        raise kind(f"{path}: format={found!r}, this version reads format {FORMAT}; use a matching megagpt")
     try:
         manifest = Manifest.model_validate(tree)
     except ValidationError as error:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megagpt.checkpoint.manifest import MANIFEST, MANIFEST_HASH, PROBE, Manifest, Parameter, Piece, read_manifest
 from megagpt.checkpoint.tensor_file import DamagedError, TensorFile
-from megagpt.errors import CheckpointError, ConfigError
+from megagpt.errors import CheckpointError, ConfigError, OtherVersionError
 from megagpt.host_tensors import host_memory
 from megagpt.model.partition import partition_of
 from megagpt.plan import RunConfig, run_config_from_dict
@@ -31,8 +31,13 @@ def list_checkpoints(directory: Location) -> list[Location]:
 
 def step_folders(directory: Location) -> list[Location]:
     """What has the name of a checkpoint in a directory that is there, complete or not, newest first."""
-    named = [path for path in directory.iterdir() if path.name.startswith(STEP_PREFIX)]
-    return sorted((path for path in named if path.name[len(STEP_PREFIX) :].isdigit()), key=str, reverse=True)
+    named = [path for path in directory.iterdir() if is_step_name(path.name)]
+    return sorted(named, key=lambda path: (int(path.name.removeprefix(STEP_PREFIX)), path.name), reverse=True)
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint's."""
+    return name.startswith(STEP_PREFIX) and name.removeprefix(STEP_PREFIX).isdecimal()
 
 
 def find_checkpoint(path: Location) -> Location:
@@ -60,6 +65,7 @@ class CheckpointReader:
 
     Raises:
         CheckpointError: the manifest is missing or damaged.
+        OtherVersionError: it is whole, but this version cannot read it.
         StorageError: here as in all methods: the store refuses or does not answer.
     """
 
@@ -70,7 +76,7 @@ class CheckpointReader:
             self.run: RunConfig = run_config_from_dict(self.manifest.run, source=f"{folder}/manifest.json")
             """The run that wrote it."""
         except ConfigError as error:
-            raise CheckpointError(f"{error}; another version of megagpt may read this checkpoint") from None
+            raise OtherVersionError(f"{error}; another version of megagpt may read this checkpoint") from None
         self._gated = self.run.model.is_gated
         for name, parameter in self.manifest.parameters.items():
             self._require_known(name, len(parameter.shape))

@@ -15,7 +15,7 @@ from megagpt.checkpoint.changes import require_unchanged
 from megagpt.checkpoint.reader import CheckpointReader, list_checkpoints
 from megagpt.checkpoint.state import TrainedModel
 from megagpt.checkpoint.tensor_file import DamagedError
-from megagpt.errors import CheckpointError, StorageError
+from megagpt.errors import CheckpointError, OtherVersionError, StorageError
 from megagpt.host_tensors import one_thread
 from megagpt.optim import MOMENTS
 from megagpt.parallel.console import Console
@@ -92,7 +92,7 @@ class Restorer:
         """Load a checkpoint; None if it is damaged, which is told.
 
         Raises:
-            CheckpointError: it is another run's.
+            CheckpointError: it is another run's, or was written by another version.
             StorageError: the store fails some rank, which says nothing about the checkpoint.
         """
         reader, problems = None, []
@@ -100,6 +100,8 @@ class Restorer:
         try:
             reader = CheckpointReader(folder)
             problems = reader.problems(self.ranks.rank, self.ranks.world_size, with_hash=False)
+        except OtherVersionError as error:  # no damage: whoever passed it over would lose what was trained since
+            failure = error
         except CheckpointError as error:
             problems = [str(error)]
         except StorageError as error:

@@ -69,7 +69,8 @@ class Retention:
         for folder in intact[self.config.keep_last :]:
             is_due = every > 0 and int(folder.name.removeprefix(STEP_PREFIX)) % every == 0
             if not is_due and folder not in best and not (folder / PINNED).exists():
-                remove(folder)
+                with contextlib.suppress(OSError):  # tried again at the next save, which tells of too little space
+                    remove(folder)
 
     def _loss(self, folder: Location) -> tuple[float | None] | None:
         """(validation loss measured at that step, None if it was not); None for a checkpoint without a manifest."""
@@ -92,6 +93,19 @@ class Retention:
             write_whole(path, content.encode())
 
 
+def set_pinned(folder: Location, pinned: bool) -> None:
+    """Keep a checkpoint for ever, or leave it to the run's retention again.
+
+    Raises:
+        CheckpointError: its folder cannot be written to.
+    """
+    try:
+        (folder / PINNED).touch() if pinned else (folder / PINNED).unlink(missing_ok=True)
+    except OSError as error:
+        what = "made" if pinned else "removed"
+        raise CheckpointError(f"{folder / PINNED}: cannot be {what} ({error.strerror}); mend its rights") from None
+
+
 def remove(folder: Location, before_deletion: Callable[[], None] = lambda: None) -> None:
     """Delete a checkpoint so that a kill leaves it whole or away: it is renamed first, or loses what makes it one."""
     if isinstance(folder, RemotePath):
@@ -103,4 +117,4 @@ def remove(folder: Location, before_deletion: Callable[[], None] = lambda: None)
     shutil.rmtree(hidden, ignore_errors=True)
     folder.rename(hidden)
     before_deletion()
-    shutil.rmtree(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)  # of what others still read on NFS; the next save removes the rest

@@ -26,7 +26,8 @@ def run_forked(function: Callable[[Argument], Result], arguments: Sequence[Argum
     """
     if workers < 1:
         raise ConversionError(f"workers={workers} must be at least 1")
-    if min(workers, len(arguments)) == 1:
+    workers = min(workers, len(arguments))
+    if workers == 1:
         return [function(argument) for argument in arguments]
     context = multiprocessing.get_context("fork")
     results: Any = context.Queue()

@@ -91,7 +91,9 @@ GEMMA3 = Family(
     "gemma3_text",
     "Gemma3ForCausalLM",
     _sandwich_rows(),
-    _REQUIRES | _WINDOWS_AND_CAPS | {"qk_layernorm": (True,), "rotary_base_local": ANY},
+    _REQUIRES
+    | _WINDOWS_AND_CAPS
+    | {"qk_layernorm": (True,), "rotary_base_local": ANY, "attn_logit_softcapping": (None,)},  # transformers ignores it
     _gemma3_checks,
     _gemma3_config,
 )

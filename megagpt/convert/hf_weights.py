@@ -22,7 +22,8 @@ from megagpt.plan.hf_config import read_hf_model
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*.bin")
+_PICKLES = (("pytorch_model*.bin",), ("*.pt", "*.pth", "consolidated*.bin"))
+"""The latter only without the former: beside the weights that the Trainer saves lie optimizer.pt and others."""
 # Masks and frequencies that earlier versions of transformers saved; they are computed, not learnt.
 _BUFFERS = re.compile(r"(\.attn\.bias|\.attention\.bias|\.masked_bias|rotary_emb\.inv_freq)$")
 _BASES = ("model", "transformer", "gpt_neox")
@@ -54,7 +55,7 @@ class _PickledTensors:
                 except RuntimeError:  # files of torch before 1.6 cannot be mapped
                     loaded = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever unpickling finds
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ConversionError(f"{path}: does not hold plain tensors, or is damaged: {reason}") from None
         if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
             raise ConversionError(f"{path}: does not hold names and tensors only")
@@ -85,7 +86,8 @@ def open_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, tuple[Te
     paths = [folder / _SINGLE] if (folder / _SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
     files: list[Tensors] = [SafetensorsFile(path) for path in paths]
     if not files:
-        pickles = sorted({path for pattern in _PICKLES for path in folder.glob(pattern)})
+        kinds = (sorted({path for pattern in kind for path in folder.glob(pattern)}) for kind in _PICKLES)
+        pickles = next(filter(None, kinds), [])
         if not pickles:
             raise ConversionError(f"{folder}: has no *.safetensors files; give the folder of a Hugging Face model")
         if not allow_pickle:
@@ -142,6 +144,8 @@ class HfWeights:
         self.model = ModelConfig.model_validate(keys)
         """The folder's model, with the vocabulary of its files."""
         self.family = _family(name, self.model, self.folder)
+        self._heads: list[tuple[Tensors, str]] = []
+        """Copies of a tied head."""
         self._tensors = self._known(open_tensors(self.folder, allow_pickle))
         self._check()
 
@@ -150,8 +154,7 @@ class HfWeights:
         wanted = self.family.sources(self.model)
         found = {name: place for name, place in stored.items() if not _BUFFERS.search(name) or name in wanted}
         if not self.model.untie_embeddings_and_output_weights:
-            for head in ("lm_head.weight", "embed_out.weight"):
-                found.pop(head, None)  # transformers ties it whatever it holds
+            self._heads = [found.pop(head) for head in ("lm_head.weight", "embed_out.weight") if head in found]
         base = next(iter(wanted)).partition(".")[0]
         if base in _BASES and not any(name.startswith(f"{base}.") for name in found):  # saved without the head's class
             found = {n if n in wanted else f"{base}.{n}": place for n, place in found.items()}
@@ -183,6 +186,27 @@ class HfWeights:
                     f"{self.folder}: {name} is not zero; a bias in the output projection without one in the MLP is not "
                     "supported"
                 )
+        for head in self._heads:
+            self._require_tied(*head)
+
+    def _require_tied(self, file: Tensors, stored: str) -> None:
+        """See that the copy of a tied head is one: transformers 5 takes a head that differs, earlier versions do not.
+
+        Raises:
+            ConversionError: it is not.
+        """
+        embedding, place = self._tensors[next(iter(self.family.sources(self.model)))]
+        count, width = embedding.shape(place)
+        step = max(1, BLOCK_BYTES // (4 * width))
+        spans = [(first, min(first + step, count)) for first in range(0, count, step)]
+        if file.shape(stored) == (count, width) and all(
+            torch.equal(file.read(stored, span).float(), embedding.read(place, span).float()) for span in spans
+        ):
+            return
+        raise ConversionError(
+            f"{self.folder}: config.json has tie_word_embeddings=true, but {stored} is not the embedding; set it to "
+            f"false there to keep that head, or remove {stored} from the files"
+        )
 
     def _read(
         self, name: str, rows: Span | None = None, columns: Span | None = None, out: Tensor | None = None

@@ -1,6 +1,8 @@
 """Compare the logits of an exported model with those of the model it was made from."""
 
+import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megagpt.convert.family import Family
 from megagpt.convert.layerwise import LayerwiseTransformer
+from megagpt.convert.tokenizer import export_tokenizer
 from megagpt.errors import ConversionError
+from megagpt.plan.config import ModelConfig
+from megagpt.tokenization.tokenizer import Tokenizer
 
 # Share of the largest reference logit. Rounding all weights and activations to 16 bits moves logits by percents.
 RELATIVE_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+
+_SAMPLE = "The tensors of 1024 layers don't fit;\n\n\tgive them  more memory: \u00e9t\u00e9, \u4f60\u597d.\n"
+"""Text that tokenizers cut differently."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,35 @@ def report_logits(logits_BSV: Tensor, reference_BSV: Tensor, tolerance: float | 
         positions=positions,
         dtype="float32",
     )
+
+
+def require_same_tokens(family: Family, model: ModelConfig, tokenizer: str) -> None:
+    """See that transformers, which has a tokenizer of its own for some families, reads text as the run did.
+
+    Raises:
+        ConversionError: it does not, or cannot load the tokenizer's files.
+        DataError: the tokenizer is missing or damaged.
+    """
+    if not family.brings_tokenizer:
+        return
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError:  # the check of the logits says what to install
+        return
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        exported = export_tokenizer(tokenizer, folder, model.vocab_size, model.max_position_embeddings)
+        config = family.hf_config(model, exported.ids)
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        try:
+            theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokens = theirs(_SAMPLE, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # transformers has no common base
+            raise ConversionError(f"tokenizer {tokenizer}: transformers cannot load it: {error}") from error
+    if tokens != Tokenizer.load(tokenizer).encode(_SAMPLE):
+        raise ConversionError(
+            f"family {family.name}: transformers reads text with a tokenizer of this family, which gives other tokens "
+            f"than {tokenizer}; leave the family out, and one that takes any tokenizer is chosen"
+        )
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def write_hf_folder(
 
     Raises:
         ConversionError: no family expresses the model, names or shapes do not fit it, the tokenizer does not fit it,
-            weights are not finite, `folder` exists and must not be replaced, or the check failed.
+            weights are not finite, `folder` exists and must not be replaced or cannot be written, or the check failed.
         DataError: the tokenizer file is missing or damaged.
     """
     folder = Path(os.path.abspath(folder))
@@ -105,10 +105,10 @@ def write_hf_folder(
         raise ConversionError(f"dtype={dtype} is unknown; use {', '.join(TORCH_DTYPES)}")
     check_names(names, canonical_shapes(model), "the model to export")
     _check_target(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
-    partial.mkdir()
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
         export = _write_all(
             partial,
             folder,
@@ -128,6 +128,9 @@ def write_hf_folder(
             _move_into_place(partial, failed, False)
             raise ConversionError(f"{failed}: {export.certificate.failure}")
         _move_into_place(partial, folder, overwrite)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ConversionError(f"{folder} cannot be written ({error}); make room, or give another folder") from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

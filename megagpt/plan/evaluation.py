@@ -57,8 +57,9 @@ def read_saved_run(path: Location) -> SavedRun:
     manifest = path / "manifest.json"
     if not manifest.is_file():
         here = path.iterdir() if isinstance(path, RemotePath) or path.is_dir() else ()
-        named = [folder for folder in here if folder.name.startswith("step-") and folder.name[5:].isdigit()]
-        manifests = (folder / "manifest.json" for folder in sorted(named, key=lambda found: found.name, reverse=True))
+        named = [folder for folder in here if folder.name.startswith("step-") and folder.name[5:].isdecimal()]
+        named.sort(key=lambda folder: int(folder.name[5:]), reverse=True)
+        manifests = (folder / "manifest.json" for folder in named)
         newest = next((found for found in manifests if found.is_file()), None)
         if newest is None:
             raise CheckpointError(

@@ -94,8 +94,9 @@ def _rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _rope(config: _Config, default_base: float = 10000.0) -> dict[str, Any]:
-    """Base and scaling: transformers 5 writes `rope_parameters`, transformers 4 `rope_theta` and `rope_scaling`."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """Base and scaling: transformers 5 writes `rope_parameters`, transformers 4 `rope_theta` and `rope_scaling`, which
+    wins if both are there."""
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     base = parameters.get("rope_theta") or config.get("rope_theta") or default_base
     return {"rotary_base": float(base), "rotary_scaling": _rope_scaling(parameters)}
 
@@ -136,7 +137,12 @@ def _llama(config: _Config) -> dict[str, Any]:
 
 
 def _mistral(config: _Config) -> dict[str, Any]:
-    return _llama_like(config) | {"sliding_window": config.get("sliding_window", 4096)}
+    window, kinds = config.get("sliding_window", 4096), set(config.get("layer_types") or ["sliding_attention"])
+    if kinds == {"full_attention"}:
+        window = None
+    elif window is not None and kinds != {"sliding_attention"}:
+        raise _UnreadableError("layers with and without a window (layer_types) are not supported in this family")
+    return _llama_like(config) | {"sliding_window": window}
 
 
 def _qwen_window(config: _Config, num_layers: int) -> dict[str, Any]:
@@ -167,8 +173,9 @@ def _qwen3(config: _Config) -> dict[str, Any]:
 
 
 def _mixtral(config: _Config) -> dict[str, Any]:
-    keys = _llama_like(config, epsilon=1e-5) | {"sliding_window": config.get("sliding_window")}
+    keys = _llama_like(config, epsilon=1e-5) | _rope(config, 1_000_000.0)
     return keys | {
+        "sliding_window": config.get("sliding_window"),
         "num_experts": config.get("num_local_experts") or config.get("num_experts") or 8,
         "moe_router_topk": config.get("num_experts_per_tok", 2),
         "moe_ffn_hidden_size": keys["ffn_hidden_size"],
@@ -267,9 +274,9 @@ def _gemma3(config: _Config) -> dict[str, Any]:
     whole, local = ropes.get("full_attention") or {}, ropes.get("sliding_attention") or {}
     if _rope_scaling(local) is not None:
         raise _UnreadableError("stretched rotary frequencies in layers with a window are not supported")
-    flat = _Config({key: value for key, value in config.items() if key != "rope_parameters"})
-    if whole:
-        flat["rope_parameters"] = whole
+    config.require("attn_logit_softcapping", None, None)  # transformers has the key and does not heed it
+    flat = _Config({key: value for key, value in config.items() if key != "rope_scaling"})
+    flat["rope_parameters"] = {**whole, **(config.get("rope_scaling") or {})}
     keys = _sandwich(flat, config.get("sliding_window_pattern", 6), score_cap=None, logit_cap=None)
     base = local.get("rope_theta") or config.get("rope_local_base_freq") or 10000.0
     if keys.get("sliding_window") is not None:

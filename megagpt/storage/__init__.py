@@ -5,6 +5,6 @@ methods as far as they make sense there. An object store has no rename: what mak
 an object that is written last.
 """
 
-from megagpt.storage.location import Location, RemotePath, location
+from megagpt.storage.location import Location, RemotePath, local_folder, location
 
-__all__ = ["Location", "RemotePath", "location"]
+__all__ = ["Location", "RemotePath", "local_folder", "location"]

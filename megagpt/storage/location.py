@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megagpt.errors import StorageError
 from megagpt.storage.filesystem import call, filesystem
 
 
@@ -149,6 +150,18 @@ def location(text: str | Path | RemotePath) -> Location:
     if protocol in ("file", "local"):
         return Path(rest)
     return RemotePath(f"{protocol}://{rest.rstrip('/')}")
+
+
+def local_folder(text: str) -> Path:
+    """The local folder that a user means, where no other will do.
+
+    Raises:
+        StorageError: it is in an object store.
+    """
+    found = location(text)
+    if isinstance(found, RemotePath):
+        raise StorageError(f"{text} is in an object store, which this cannot use; give a local folder")
+    return found
 
 
 def rename(folder: Location, name: str) -> None:

@@ -39,7 +39,7 @@ def newest_step(run: RunConfig) -> int:
     if directory is None or (isinstance(directory, Path) and not directory.is_dir()):
         return 0
     steps = {folder: folder.name[5:] for folder in directory.iterdir() if folder.name.startswith("step-")}
-    numbers = ((int(step), folder) for folder, step in steps.items() if step.isdigit())
+    numbers = ((int(step), folder) for folder, step in steps.items() if step.isdecimal())
     return next((step for step, folder in sorted(numbers, reverse=True) if (folder / "manifest.sha256").exists()), 0)
 
 

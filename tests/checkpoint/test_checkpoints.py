@@ -199,6 +199,32 @@ def test_a_manifest_cannot_lead_elsewhere_nor_leave_a_gap(tmp_path):
         CheckpointReader(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda manifest: {"format": manifest.format + 1}, "this version reads format"),
+        (lambda manifest: {"run": {**manifest.run, "later": {}}}, "later: unknown key.*another version of megagpt"),
+    ],
+    ids=["format", "run config"],
+)
+def test_a_checkpoint_of_another_version_is_no_damage(tmp_path, change, words):
+    """Passed over, the steps since the one before would be trained again and the newer one be forgotten."""
+    from megagpt.checkpoint import finished_step
+    from megagpt.checkpoint.manifest import read_manifest, write_manifest
+
+    plan = plan_in(tmp_path)
+    run_ranks(curve, 1, plan, save_at=1, until=1)
+    newer = tmp_path / "step-00000002"
+    shutil.copytree(tmp_path / "step-00000001", newer)
+    manifest = read_manifest(newer)
+    write_manifest(newer, manifest.model_copy(update=change(manifest)))
+    with pytest.raises(RankFailedError, match=words):
+        run_ranks(restored_step, 1, plan)
+    assert newer.exists()
+    done = tiny_plan(steps=1, sections={"checkpoint": {"directory": str(tmp_path)}})
+    assert finished_step(done) is None, "of what the newest one says nothing is known"
+
+
 def test_a_run_without_an_intact_checkpoint_does_not_start_afresh(tmp_path):
     plan = plan_in(tmp_path)
     run_ranks(curve, 1, plan, save_at=1, until=1)
@@ -253,6 +279,25 @@ def test_a_finished_run_is_told_apart_from_another_models(tmp_path):
     assert finished_step(tiny_plan(steps=3, sections=sections)) is None
     with pytest.raises(CheckpointError, match="belongs to another model"):
         finished_step(tiny_plan("gpt2", steps=2, sections=sections))
+
+
+def test_another_run_that_saves_there_is_suspected(tmp_path):
+    """It removes what it takes for the rest of a killed run."""
+
+    def disturbed() -> None:
+        import megagpt.checkpoint.checkpoints as module
+
+        write = module.write_tensors
+
+        def swept(path, tensors):
+            shutil.rmtree(path.parent)
+            return write(path, tensors)
+
+        module.write_tensors = swept
+        curve(plan_in(tmp_path), save_at=1, until=1)
+
+    with pytest.raises(RankFailedError, match=r"could not be saved \(rank 0: .*and does no other run save there\?"):
+        run_ranks(disturbed, 1)
 
 
 def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):

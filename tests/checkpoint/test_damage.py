@@ -281,6 +281,65 @@ def test_the_tool_lists_verifies_and_shows(run, tmp_path):
     assert len(lines) == 4 + 2 + 1 + 27
 
 
+def test_steps_of_more_digits_than_names_have_are_newer(run, tmp_path):
+    from megagpt.checkpoint import find_checkpoint
+    from megagpt.plan.evaluation import read_saved_run
+
+    shutil.copytree(run / "step-00000001", tmp_path / "step-99999999")
+    shutil.copytree(run / "step-00000002", tmp_path / "step-100000000")
+    (tmp_path / "step-²").mkdir()
+    assert find_checkpoint(tmp_path).name == "step-100000000"
+    assert read_saved_run(tmp_path).step == 2
+
+
+def test_the_tool_takes_a_run_that_is_called_like_a_checkpoint(run, tmp_path):
+    shutil.copytree(run, tmp_path / "step-sizes")
+    code, said = inspect(tmp_path / "step-sizes")
+    assert code == 0
+    assert said.splitlines()[1].startswith("step-00000002")
+
+
+def test_the_tool_knows_the_working_directory_by_its_name(run, tmp_path, monkeypatch):
+    from megagpt.checkpoint.inspection import summarise
+
+    shutil.copytree(run, tmp_path / "run")
+    for there, named in ((".", "."), ("below", "..")):
+        folder = tmp_path / "run" / "step-00000002" / there
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        (summary,) = summarise(Path(named), with_hash=False)
+        assert (summary.folder.name, summary.marks) == ("step-00000002", ("latest", "best"))
+
+
+def test_a_checkpoint_that_cannot_be_pinned_is_one_error(run, tmp_path):
+    shutil.copytree(run / "step-00000001", tmp_path / "step-00000001")
+    (tmp_path / "step-00000001" / "pinned").symlink_to(tmp_path / "absent" / "pinned")
+    code, said = inspect(tmp_path, "--pin")
+    assert code == 2
+    assert said.startswith(f"error: {tmp_path}/step-00000001/pinned: cannot be made (No such file or directory); mend")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("failing", ["rmdir", "rename"])
+def test_a_checkpoint_that_cannot_be_deleted_yet_does_not_end_the_run(run, tmp_path, monkeypatch, failing):
+    from megagpt.checkpoint.retention import Retention
+    from megagpt.plan.config import CheckpointConfig
+
+    def busy(*args, **kwargs):
+        raise OSError(16, "Device or resource busy")
+
+    shutil.copytree(run, tmp_path / "run")
+    retention = Retention(tmp_path / "run", CheckpointConfig(keep_last=1, keep_best=0))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, busy)
+        retention.apply()
+    assert (tmp_path / "run" / "step-00000001").exists() == (failing == "rename")
+    retention.clean()
+    retention.apply()
+    left = sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir())
+    assert left == ["step-00000002"]
+
+
 def test_the_tool_compares_two(run):
     one, other = run / "step-00000001", run / "step-00000002"
     assert inspect(one, "--compare", one) == (0, f"{one} and {one}\nall tensors are equal, bit for bit\n")

@@ -20,7 +20,9 @@ from megagpt.convert.sentencepiece_to_hf import (
     read_pieces,
     words_are_separable,
 )
+from megagpt.convert.tables import LLAMA, QWEN2
 from megagpt.convert.tokenizer import export_tokenizer
+from megagpt.convert.verify import require_same_tokens
 from megagpt.convert.writer import write_hf_folder
 from megagpt.data.tokenizer import train_sentencepiece
 from megagpt.errors import ConversionError, DataError
@@ -224,6 +226,19 @@ def test_exports_of_every_family_load_our_tokenizer(name, tmp_path):
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (2, 2, None)
     assert generation == {"_from_model_config": True, "bos_token_id": 2, "eos_token_id": 2}
     assert tokenizer.model_max_length == 32
+
+
+def test_a_family_with_a_tokenizer_of_its_own_takes_no_other(tmp_path):
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    model = ModelConfig(**model_of("qwen2-gqa").model_dump() | {"vocab_size": 640})
+    with pytest.raises(ConversionError, match=r"family qwen2: .* which gives other tokens than .*t\.model; leave"):
+        require_same_tokens(QWEN2, model, train(tmp_path / "t.model"))
+    require_same_tokens(LLAMA, model, str(tmp_path / "t.model"))
+    own = Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}, merges=[])
+    own.save_pretrained(tmp_path / "own")
+    require_same_tokens(QWEN2, model, str(tmp_path / "own"))
 
 
 def test_special_tokens_are_skipped_and_found_on_request(pair):

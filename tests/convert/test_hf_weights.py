@@ -135,12 +135,27 @@ def test_files_of_earlier_versions(exported):
     assert all(torch.equal(found.read(name), tensor) for name, tensor in weights.items())
 
 
+@pytest.mark.parametrize("name", ["gpt2-tied", "llama-gqa-tied"])
+def test_a_head_that_is_said_to_be_tied_and_is_not_is_refused(name, exported):
+    folder, weights = exported(name)
+    tensors = load_file(folder / "model.safetensors")
+    head = weights["embedding.word_embeddings.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+    HfWeights(folder)
+    head[-1, -1] += 1
+    for other in (head, head[:-1].contiguous()):
+        save_file(tensors | {"lm_head.weight": other}, folder / "model.safetensors")
+        with pytest.raises(ConversionError, match=r"tie_word_embeddings=true, but lm_head.weight is not the embedding"):
+            HfWeights(folder)
+
+
 def test_pickled_weights_only_when_asked_for(exported):
     folder, weights = exported("llama")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConversionError, match=r"its weights are pickle files \(pytorch_model.bin\).*--allow-pickle"):
         HfWeights(folder)
+    torch.save({"state": {}, "param_groups": [1e-3]}, folder / "optimizer.pt")  # as the Trainer leaves it beside them
     found = HfWeights(folder, allow_pickle=True)
     assert all(torch.equal(found.read(name), tensor) for name, tensor in weights.items())
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from convert_reference import GPT2, MODELS, NEOX, SIZES, ReferenceGPT, model_of, random_weights
+from convert_reference import GEMMA, GPT2, MODELS, NEOX, SIZES, ReferenceGPT, model_of, random_weights
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -120,6 +120,13 @@ IMPOSSIBLE = {
         {"gpt_neox": "model.rotary_scaling={type='linear' factor=2.0"},
     ),
     "odd rotary": (NEOX | {"rotary_percent": 0.4}, {"gpt_neox": "3 rotated channels"}),
+    "capped scores with normalised heads": (
+        GEMMA | {"post_layernorms": True, "qk_layernorm": True, "attn_logit_softcapping": 2.0},
+        {
+            "gemma2": "model.qk_layernorm=True (can be False)",
+            "gemma3_text": "model.attn_logit_softcapping=2.0 (can be null)",
+        },
+    ),
     "hidden not a multiple of heads": (
         {"num_attention_heads": 5, "kv_channels": 4, "add_bias_linear": True},
         {"llama": "model.hidden_size=24"},

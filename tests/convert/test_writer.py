@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from megagpt.convert.canonical import canonical_shapes
+from megagpt.convert.forked import run_forked
 from megagpt.convert.safetensors_stream import plan_shards, shard_names
 from megagpt.convert.tables import family_for
 from megagpt.convert.verify import compare_logits
@@ -95,6 +97,15 @@ def test_several_processes_write_the_same_bytes(tmp_path):
     one, three = ({p.name: p.read_bytes() for p in (tmp_path / f"by{n}" / "out").iterdir()} for n in (1, 3))
     assert one == three
     assert len(one) > 6
+
+
+def test_no_more_processes_than_files_are_started(monkeypatch):
+    started = []
+    context = multiprocessing.get_context("fork")
+    begin = context.Process.start
+    monkeypatch.setattr(context.Process, "start", lambda process: (started.append(process), begin(process)))
+    assert run_forked(lambda number: number + 1, [1, 2], workers=50) == [2, 3]
+    assert len(started) == 2
 
 
 def test_what_a_worker_meets_is_told(tmp_path):
@@ -213,11 +224,19 @@ def test_the_old_export_comes_back_if_the_rename_fails(tmp_path, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(OSError, match="disk trouble"):
+    with pytest.raises(ConversionError, match=r"out cannot be written \(disk trouble\)"):
         export(tmp_path / "out", model, random_weights(model, seed=2), overwrite=True)
     expected = random_weights(model, seed=1)["final_norm.weight"]
     assert torch.equal(stored(tmp_path / "out")["model.norm.weight"], expected)
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_target_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for target in (tmp_path / "file" / "out", tmp_path / ("long" * 62)):
+        with pytest.raises(ConversionError, match=rf"{target.name} cannot be written \(.*; make room, or give another"):
+            export(target, model_of("llama"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_user_errors_come_before_any_work(tmp_path):

@@ -26,6 +26,7 @@ LLAMA = {
         "original_max_position_embeddings": 16,
     },
 }
+WINDOWS = ["full_attention", "sliding_attention", "sliding_attention"]
 
 
 @pytest.fixture
@@ -49,6 +50,34 @@ def test_sizes_come_from_the_folder(folder):
     assert model.rotary_scaling.factor == 8.0
     assert model.untie_embeddings_and_output_weights
     assert run.training.seq_length == 64
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"])
+def test_a_rotary_base_that_is_not_given_is_that_of_transformers(family, tmp_path):
+    from transformers import AutoConfig
+
+    config = {key: value for key, value in LLAMA.items() if not key.startswith("rope")} | {"model_type": family}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    theirs = theirs.get("full_attention", theirs)
+    assert run_of(str(tmp_path)).model.rotary_base == theirs["rope_theta"]
+
+
+def test_rope_scaling_wins_over_rope_parameters_as_in_transformers(folder):
+    parameters = {"rope_type": "default", "rope_theta": 700.0}
+    model = run_of(folder(rope_parameters=parameters)).model
+    assert model.rotary_scaling.factor == 8.0
+    assert model.rotary_base == 500000.0
+    with pytest.raises(ConfigError, match="rope_scaling of type 'dynamic' is not supported"):
+        run_of(folder(rope_parameters=parameters, rope_scaling={"rope_type": "dynamic", "factor": 2.0}))
+    nested = {"full_attention": parameters, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
+    linear = {"rope_type": "linear", "factor": 4.0}
+    model = run_of(folder(model_type="gemma3_text", rope_parameters=nested, rope_scaling=linear)).model
+    assert (model.rotary_base, model.rotary_base_local, model.rotary_scaling.factor) == (700.0, 50.0, 4.0)
+
+
+def test_layers_that_all_see_everything_have_no_window(folder):
+    assert run_of(folder(model_type="mistral", layer_types=["full_attention"] * 3)).model.sliding_window is None
 
 
 def test_what_changes_no_logit_may_differ(folder):
@@ -90,6 +119,8 @@ def test_a_dumped_config_needs_no_folder(folder, tmp_path):
         ({"num_attention_heads": 0}, r"has a value of another type"),
         ({"model_type": "gpt2", "n_embd": 8, "scale_attn_by_inverse_layer_idx": True}, r"layer_idx=True is not"),
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, r"with and without a window"),
+        ({"model_type": "mistral", "layer_types": WINDOWS}, r"with and without a window \(layer_types\)"),
+        ({"model_type": "gemma3_text", "rope_scaling": None, "attn_logit_softcapping": 2.0}, r"softcapping=2.0 is not"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(folder, changes, words):

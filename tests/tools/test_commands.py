@@ -250,6 +250,12 @@ BAD_INPUT = {
         written("checkpoints", ""),
         "checkpoint.directory=checkpoints cannot be written to (Not a directory); give a writable folder",
     ),
+    "a link to nowhere for a folder": (
+        [],
+        1,
+        lambda folder: (folder / "checkpoints").symlink_to(folder / "absent"),
+        "checkpoint.directory=checkpoints cannot be written to (No such file or directory); give a writable folder",
+    ),
 }
 
 
@@ -259,13 +265,13 @@ def test_bad_input_gives_one_clear_message_and_leaves_nothing(workplace, argumen
 
     if prepare is not None:
         prepare(workplace)
-    before = {path: path.stat().st_mtime_ns for path in workplace.rglob("*")}
+    before = {path: path.lstat().st_mtime_ns for path in workplace.rglob("*")}
     ((code, said, warned),) = run_ranks(command, 1, workplace, world_size, [*ARGUMENTS, *arguments])
     pattern = re.escape(f"error: {message}\n").replace(r"\*", r"[0-9a-f]+")
     pattern += r"(advice: (nearest|no) layout of [^\n]*\n)?"  # what it says is tested with the plan
     assert re.fullmatch(pattern, warned), warned
     assert (code, said) == (2, "")
-    assert {path: path.stat().st_mtime_ns for path in workplace.rglob("*")} == before
+    assert {path: path.lstat().st_mtime_ns for path in workplace.rglob("*")} == before
 
 
 def test_a_checkpoint_of_another_model_is_refused(workplace, trained):
@@ -355,3 +361,22 @@ def test_torchrun_trains_and_the_tools_use_what_it_made(workplace):
     again = shell(workplace, ROOT / "tools/convert_to_hf.py", "--checkpoint", "checkpoints", "--output", "hf")
     assert again.returncode == 2
     assert again.stderr.startswith(f"error: {workplace}/hf exists; give another folder")
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("to_hf", ["--output", "s3://bucket/hf"], "s3://bucket/hf is in an object store, which this cannot use; give"),
+        ("from_hf", ["--input", "s3://bucket/hf"], "s3://bucket/hf is in an object store, which this cannot use; give"),
+        ("to_hf", ["--output", "hf", "--max-shard-gb", "nan"], "--max-shard-gb=nan must be a number of at least 1e-9"),
+        ("to_hf", ["--output", "hf", "--max-shard-gb", "inf"], "--max-shard-gb=inf must be a number of at least 1e-9"),
+        ("to_hf", ["--output", "hf", "--max-shard-gb", "0"], "--max-shard-gb=0.0 must be a number of at least 1e-9"),
+    ],
+)
+def test_what_the_converters_cannot_use_is_refused_before_any_work(tmp_path, tool, arguments, message):
+    arguments = [*arguments, *(("--checkpoint", "absent") if tool == "to_hf" else ("--output", "made"))]
+    said = shell(tmp_path, ROOT / f"tools/convert_{tool}.py", *arguments)
+    assert (said.returncode, said.stdout) == (2, "")
+    assert said.stderr.startswith(f"error: {message}")
+    assert said.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
