@@ -122,7 +122,7 @@ AILMENTS = {
         "node1 does not see the file of node2; node2 does not see the file of node1",
     ),
     "a full disk": Ailment(
-        lambda cluster, run: _shell(cluster, f"head -c 1G /dev/zero >{cluster.disk}/filler; true"),
+        lambda cluster, run: _shell(cluster, f"head -c 1G /dev/zero >{cluster.disk}/filler || true"),
         lambda cluster, run: _shell(cluster, f"rm {cluster.disk}/filler"),
         "disk",
         "failed",
