@@ -10,7 +10,8 @@ from megagpt.storage import location
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Exit status: 0 if all is well, 1 if a checkpoint is damaged or two differ, 2 after other errors.",
+        epilog="Exit status: 0 if all is well, 1 if one of the list is damaged or two differ, 2 after errors: there is "
+        "no checkpoint, or one that is to be compared or shown is damaged.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", type=location, help="a checkpoint, or a run's checkpoint.directory")
