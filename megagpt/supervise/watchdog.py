@@ -260,6 +260,8 @@ class Watchdog:
         if seen is None:
             return None
         silent = [rank for rank in seen if rank.condition != "alive"]
+        if any(self._is_left_to_neighbours(rank, seen) for rank in silent):
+            return None
         if silent:
             sentences = [describe_lost(rank) for rank in silent[:4]]
             if len(silent) > 4:
@@ -275,6 +277,13 @@ class Watchdog:
             return None  # it went on in the last moment
         text, culprits = explain(seen, str(self.folder.folder / "stack-*.txt"))
         return self._pass("stuck", text, [culprit.beat for culprit in culprits])
+
+    def _is_left_to_neighbours(self, silent: Seen, seen: list[Seen]) -> bool:
+        """Whether a rank of another host is soon to be judged by others there, which see what its process is doing."""
+        host = silent.beat.host
+        has_neighbours = any(other.beat.host == host and other.condition == "alive" for other in seen)
+        silent_for = time.monotonic() - self._heard[silent.beat.rank][1]
+        return host != self._host and has_neighbours and silent_for < 2 * self.limits.silent
 
     def _all_ranks(self) -> list[Seen] | None:
         seen = []
