@@ -41,7 +41,8 @@ class Fault:
     pace: float = 0.4
     """Seconds that a step takes at least."""
     hurries: bool = True
-    """Whether a job that is queued again is started at once, not after the two minutes that Slurm leaves itself."""
+    """Whether a job that is queued again is started at once, not after the two minutes that Slurm leaves itself: where
+    a node was out of reach, the step that was lost there would be counted as running, or end the new one."""
     once: bool = False
     """Whether a run can meet it but once."""
     sections: tuple[tuple[str, dict], ...] = ()
@@ -74,6 +75,7 @@ class Drill:
         self.first_job = self.submit()
         self.job = self.first_job
         self._mark = 0
+        self._hurries = True
         self._unmended: Fault | None = None
 
     def submit(self) -> str:
@@ -106,7 +108,7 @@ class Drill:
             self.wait_for_step(self.run.step() + STEPS_BETWEEN)
         self._mark = len(self.output())
         start, before = (self.job, self.cluster.restarts(self.job)), time.monotonic()
-        self._unmended = fault
+        self._unmended, self._hurries = fault, fault.hurries
         fault.inject(self)
         patience = fault.patience if fault.plant == "" else START_SECONDS
         self._until(lambda: re.search(fault.words, self.new_output()), patience, fault.words)
@@ -129,7 +131,7 @@ class Drill:
 
     def finish(self) -> str:
         """Wait until the run has ended; the state of its last job."""
-        seconds = START_SECONDS if self._first.hurries else 2 * START_SECONDS
+        seconds = START_SECONDS if self._hurries else 2 * START_SECONDS
         self._until(self._has_ended, seconds, "the end of the run")
         return self.state()
 
@@ -156,7 +158,7 @@ class Drill:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}\n{self.output()}"
-            if self.state() == "PENDING" and self._first.hurries:
+            if self.state() == "PENDING" and self._hurries:
                 self.cluster.hurry(self.job)
             time.sleep(0.3)
 

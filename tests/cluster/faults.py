@@ -73,7 +73,7 @@ FAULTS = {
         lambda drill: ctl(drill, "kill-node", "node2"),
         r"error: .*rank [23] on node2 does not run any more",
         mend=lambda drill: ctl(drill, "heal-node", "node2"),
-        hurries=False,  # the step that was lost with the node would be counted as running, or end the new one
+        hurries=False,
     ),
     "node lost, another one free": Fault(
         lambda drill: ctl(drill, "kill-node", "node2"),
@@ -94,6 +94,7 @@ FAULTS = {
         lambda drill: ctl(drill, "cut-link", "node2"),
         "error: no rank has made progress .*look at the network between node1 and node2",
         mend=lambda drill: ctl(drill, "join-link", "node2"),
+        hurries=False,
     ),
     "slurmd killed": Fault(
         lambda drill: ctl(drill, "stop-slurmd", "node2"),
