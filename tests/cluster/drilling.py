@@ -131,8 +131,7 @@ class Drill:
 
     def finish(self) -> str:
         """Wait until the run has ended; the state of its last job."""
-        seconds = START_SECONDS if self._hurries else 2 * START_SECONDS
-        self._until(self._has_ended, seconds, "the end of the run")
+        self._until(self._has_ended, 2 * START_SECONDS, "the end of the run")
         return self.state()
 
     def _has_ended(self) -> bool:

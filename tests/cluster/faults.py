@@ -101,6 +101,7 @@ FAULTS = {
         "NODE FAILURE|Node failure",
         mend=lambda drill: ctl(drill, "start-slurmd", "node2"),
         steps=60,
+        once=True,
     ),
     "scancel": Fault(slurm("scancel"), "stopped by a signal|CANCELLED", then="by hand"),
     "requeue": Fault(slurm("scontrol", "requeue"), "stopped by a signal|REQUEUE"),
