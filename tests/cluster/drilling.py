@@ -135,9 +135,12 @@ class Drill:
         return self.state()
 
     def _has_ended(self) -> bool:
-        if self.state() not in ENDED:
-            return False
-        time.sleep(3.0)  # a job that is queued again is FAILED for a moment
+        deadline = time.monotonic() + 30.0
+        while self.state() in ENDED and time.monotonic() < deadline:
+            if self.cluster.is_idle():
+                time.sleep(1.0)
+                return self.state() in ENDED
+            time.sleep(0.5)  # a job that is queued again is FAILED as long as its nodes are not free
         return self.state() in ENDED
 
     def state(self) -> str:
