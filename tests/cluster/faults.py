@@ -46,7 +46,9 @@ def damage_the_newest_checkpoint(drill: Drill) -> None:
 
 
 def kill_and_damage(drill: Drill) -> None:
-    """Kill a rank, and turn a bit of the newest checkpoint before the next start reads it."""
+    """Kill a rank, and turn a bit of the newest checkpoint, not the only one, before the next start reads it."""
+    while len(list(drill.run.checkpoints.glob("step-*"))) < 2:
+        drill.wait_for_step(drill.run.step() + 1)
     signal_a_rank(drill, "KILL")
     while drill.cluster.state(drill.job) == "RUNNING":
         time.sleep(0.1)
@@ -102,6 +104,7 @@ FAULTS = {
         mend=lambda drill: ctl(drill, "start-slurmd", "node2"),
         steps=60,
         once=True,
+        hurries=False,
     ),
     "scancel": Fault(slurm("scancel"), "stopped by a signal|CANCELLED", then="by hand"),
     "requeue": Fault(slurm("scontrol", "requeue"), "stopped by a signal|REQUEUE"),
