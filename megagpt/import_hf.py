@@ -23,7 +23,6 @@ from megagpt.checkpoint.manifest import (
     Piece,
     write_manifest,
 )
-from megagpt.checkpoint.reader import STEP_PREFIX
 from megagpt.checkpoint.tensor_file import write_tensors
 from megagpt.convert.canonical import canonical_shapes
 from megagpt.convert.safetensors_stream import is_finite
@@ -40,6 +39,7 @@ from megagpt.plan import Plan, deepspeed_config_from_dict, make_plan, run_config
 from megagpt.pretrained import PretrainedWeights, open_pretrained
 from megagpt.storage import Location, RemotePath
 from megagpt.storage.local import sync_path
+from megagpt.storage.steps import STEP_PREFIX
 
 RANK, CONFIG = "rank-00000.safetensors", "run.yaml"
 STEP = f"checkpoints/{STEP_PREFIX}{0:08d}"

@@ -25,7 +25,7 @@ from megagpt.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from megagpt.checkpoint.reader import STEP_PREFIX, CheckpointReader, list_checkpoints
+from megagpt.checkpoint.reader import CheckpointReader, list_checkpoints
 from megagpt.checkpoint.restore import Restorer
 from megagpt.checkpoint.retention import Retention, remove
 from megagpt.checkpoint.state import TrainedModel, TrainState
@@ -40,6 +40,7 @@ from megagpt.parallel.rng import rng_state
 from megagpt.plan import Plan
 from megagpt.storage import Location, RemotePath, location
 from megagpt.storage.local import sync_path
+from megagpt.storage.steps import STEP_PREFIX
 
 PROBE_POSITIONS = 32
 """Positions of the probe whose logits are kept: enough to tell models apart, little enough to keep for ever."""

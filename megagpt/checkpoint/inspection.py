@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from megagpt.checkpoint.manifest import MANIFEST
-from megagpt.checkpoint.reader import STEP_PREFIX, CheckpointReader, is_step_name, list_checkpoints
+from megagpt.checkpoint.reader import CheckpointReader, list_checkpoints
 from megagpt.checkpoint.restore import DAMAGED_PREFIX
 from megagpt.checkpoint.retention import BEST, LATEST, PINNED
 from megagpt.errors import CheckpointError
 from megagpt.storage import Location
+from megagpt.storage.steps import STEP_PREFIX, is_step_name
 
 MAX_SHOWN = 20
 

@@ -14,8 +14,7 @@ from megagpt.host_tensors import host_memory
 from megagpt.model.partition import partition_of
 from megagpt.plan import RunConfig, run_config_from_dict
 from megagpt.storage import Location, RemotePath
-
-STEP_PREFIX = "step-"
+from megagpt.storage.steps import STEP_PREFIX, step_folders
 
 
 def list_checkpoints(directory: Location) -> list[Location]:
@@ -27,17 +26,6 @@ def list_checkpoints(directory: Location) -> list[Location]:
     if isinstance(directory, RemotePath):
         return [folder for folder in step_folders(directory) if (folder / MANIFEST_HASH).is_file()]
     return [folder for folder in step_folders(directory) if folder.is_dir()] if directory.is_dir() else []
-
-
-def step_folders(directory: Location) -> list[Location]:
-    """What has the name of a checkpoint in a directory that is there, complete or not, newest first."""
-    named = [path for path in directory.iterdir() if is_step_name(path.name)]
-    return sorted(named, key=lambda path: (int(path.name.removeprefix(STEP_PREFIX)), path.name), reverse=True)
-
-
-def is_step_name(name: str) -> bool:
-    """Whether a folder of this name is a checkpoint's."""
-    return name.startswith(STEP_PREFIX) and name.removeprefix(STEP_PREFIX).isdecimal()
 
 
 def find_checkpoint(path: Location) -> Location:

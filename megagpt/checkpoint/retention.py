@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megagpt.checkpoint.manifest import MANIFEST_HASH, read_manifest
-from megagpt.checkpoint.reader import STEP_PREFIX, list_checkpoints, step_folders
+from megagpt.checkpoint.reader import list_checkpoints
 from megagpt.errors import CheckpointError, StorageError
 from megagpt.plan.config import CheckpointConfig
 from megagpt.storage import Location, RemotePath
 from megagpt.storage.local import sync_path, write_whole
+from megagpt.storage.steps import STEP_PREFIX, step_folders, step_of
 
 LATEST = "latest"
 BEST = "best"
@@ -67,7 +68,7 @@ class Retention:
             self._point(BEST, evaluated[0][2])
         every = self.config.keep_every
         for folder in intact[self.config.keep_last :]:
-            is_due = every > 0 and int(folder.name.removeprefix(STEP_PREFIX)) % every == 0
+            is_due = every > 0 and step_of(folder) % every == 0
             if not is_due and folder not in best and not (folder / PINNED).exists():
                 with contextlib.suppress(OSError):  # tried again at the next save, which tells of too little space
                     remove(folder)

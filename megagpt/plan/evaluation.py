@@ -15,6 +15,7 @@ from megagpt.plan.deepspeed_config import DeepSpeedConfig, deepspeed_config_from
 from megagpt.plan.plan import Plan, make_plan
 from megagpt.plan.recompute import FULL_ONLY_KEYS
 from megagpt.storage import Location, RemotePath
+from megagpt.storage.steps import step_folders
 
 _LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
            "expert_model_parallel_size", "pipeline_partition", "sequence_parallel")  # fmt: skip
@@ -56,10 +57,8 @@ def read_saved_run(path: Location) -> SavedRun:
     """
     manifest = path / "manifest.json"
     if not manifest.is_file():
-        here = path.iterdir() if isinstance(path, RemotePath) or path.is_dir() else ()
-        named = [folder for folder in here if folder.name.startswith("step-") and folder.name[5:].isdecimal()]
-        named.sort(key=lambda folder: int(folder.name[5:]), reverse=True)
-        manifests = (folder / "manifest.json" for folder in named)
+        folders = step_folders(path) if isinstance(path, RemotePath) or path.is_dir() else []
+        manifests = (folder / "manifest.json" for folder in folders)
         newest = next((found for found in manifests if found.is_file()), None)
         if newest is None:
             raise CheckpointError(

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megagpt.errors import LaunchError, MegagptError
 from megagpt.plan import RunConfig
 from megagpt.storage import Location, RemotePath, location
+from megagpt.storage.steps import step_folders, step_of
 from megagpt.supervise.beats import FOLDER, BeatFolder, Verdict
 
 RECORD = "restarts.jsonl"
@@ -38,9 +39,8 @@ def newest_step(run: RunConfig) -> int:
     directory = location(run.checkpoint.directory) if run.checkpoint.directory else None
     if directory is None or (isinstance(directory, Path) and not directory.is_dir()):
         return 0
-    steps = {folder: folder.name[5:] for folder in directory.iterdir() if folder.name.startswith("step-")}
-    numbers = ((int(step), folder) for folder, step in steps.items() if step.isdecimal())
-    return next((step for step, folder in sorted(numbers, reverse=True) if (folder / "manifest.sha256").exists()), 0)
+    whole = (folder for folder in step_folders(directory) if (folder / "manifest.sha256").exists())
+    return next(map(step_of, whole), 0)
 
 
 def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.environ) -> str:
