@@ -9,8 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
 import pytest
+import zstandard
 from planted_corpus import prose, records, write_jsonl
+from pyarrow import parquet
 
 import megagpt.cleaning.executors
 import megagpt.data.work
@@ -212,8 +215,6 @@ def test_nothing_left_is_an_error_with_a_report(tmp_path):
 
 
 def test_inputs_of_all_kinds(tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    zstandard = pytest.importorskip("zstandard")
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.txt").write_text(prose(1))
