@@ -46,7 +46,7 @@ def pipeline_stage_bounds(
         PP + 1 indices into the list of L + 3 pipeline layers: stage p holds `bounds[p] .. bounds[p + 1] - 1`.
     """
     if partition == "uniform":
-        counts = _uniform_counts(model.num_layers, pipeline_parallel_size)
+        counts = uniform_counts(model.num_layers, pipeline_parallel_size)
     elif partition == "parameters":
         sizes = pipeline_layer_parameters(
             model,
@@ -64,7 +64,7 @@ def pipeline_stage_bounds(
     return tuple(bounds)
 
 
-def _uniform_counts(num_layers: int, stages: int) -> list[int]:
+def uniform_counts(num_layers: int, stages: int) -> list[int]:
     """Transformer layers per stage, as evenly as possible.
 
     Of the stages that get one more, the middle ones come first, since the first and last also hold embedding and head;

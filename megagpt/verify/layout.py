@@ -7,33 +7,23 @@ from typing import TYPE_CHECKING, Any
 from megagpt.parallel.console import muted
 from megagpt.parallel.local_ranks import run_ranks
 from megagpt.plan import Plan
-from megagpt.verify.shrink import MAX_RANKS, shrink
+from megagpt.verify.shrink import MAX_RANKS, SmallRun, shrink
 
 if TYPE_CHECKING:
     from megagpt.verify.verdicts import Verdict
 
 
 @dataclass(frozen=True)
-class Report:
-    """Verdicts on one layout."""
+class Part:
+    """Verdicts on one small run."""
 
     changes: tuple[str, ...]
     """How the verified run differs from the run that was asked about."""
     runs: "dict[str, list[Verdict]]"
-    """Verdicts by run: one exact, one as configured."""
+    """Verdicts by variant: one exact, one as configured."""
 
-    @property
-    def passed(self) -> bool:
-        """Whether every verdict is good."""
-        return all(verdict.passed for verdicts in self.runs.values() for verdict in verdicts)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        runs = {title: [verdict.as_dict() for verdict in verdicts] for title, verdicts in self.runs.items()}
-        return {"passed": self.passed, "changes": list(self.changes), "runs": runs}
-
-    def text(self) -> str:
-        """A table for people, 100 columns wide."""
+    def lines(self) -> list[str]:
+        """For people, 100 columns wide."""
         lines = [*self.changes]
         for title, verdicts in self.runs.items():
             lines += ["", title]
@@ -41,7 +31,39 @@ class Report:
                 word = "ok" if verdict.passed else "WRONG"
                 numbers = f"{verdict.difference:>9.1e} <= {verdict.bound:<7.1e}"
                 lines.append(f"  {word:<6}{verdict.quantity:<31}{numbers}  {verdict.detail}")
-        lines += ["", "the layout trains the model of one process" if self.passed else "THE LAYOUT IS WRONG"]
+        return [*lines, ""]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Verdicts on one layout."""
+
+    parts: tuple[Part, ...]
+    left_out: tuple[str, ...]
+    """Kinds of neighbours, and pairs of them, that no run of so few ranks has."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every verdict is good."""
+        return all(verdict.passed for part in self.parts for verdicts in part.runs.values() for verdict in verdicts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        parts = [
+            {
+                "changes": list(part.changes),
+                "runs": {title: [verdict.as_dict() for verdict in verdicts] for title, verdicts in part.runs.items()},
+            }
+            for part in self.parts
+        ]
+        return {"passed": self.passed, "parts": parts, "left_out": list(self.left_out)}
+
+    def text(self) -> str:
+        """A table for people, 100 columns wide."""
+        lines = [line for part in self.parts for line in part.lines()]
+        if self.left_out:
+            lines += [f"not verified, as it takes more than --max-ranks: {', '.join(self.left_out)}", ""]
+        lines.append("the layout trains the model of one process" if self.passed else "THE LAYOUT IS WRONG")
         return "\n".join(lines).lstrip()
 
 
@@ -51,15 +73,19 @@ def verify_layout(plan: Plan, steps: int = 20, max_ranks: int = MAX_RANKS) -> Re
     Args:
         plan: the run, of any size.
         steps: updates to compare.
-        max_ranks: processes that may be started.
+        max_ranks: processes that may be started at a time.
 
     Raises:
-        ConfigError: the layout cannot be shrunk to `max_ranks`, or the shrunk one breaks a rule.
+        ConfigError: `max_ranks` is too few, or the shrunk run breaks a rule.
         RankFailedError: a rank failed.
     """
     small = shrink(plan, steps, max_ranks)
-    plans = {f"exact: {_kind(small.exact)}": small.exact, f"as configured: {_kind(small.configured)}": small.configured}
     import_libraries()
+    return Report(tuple(map(_verify, small.runs)), small.left_out)
+
+
+def _verify(small: SmallRun) -> Part:
+    plans = {f"exact: {_kind(small.exact)}": small.exact, f"as configured: {_kind(small.configured)}": small.configured}
     from megagpt.verify.measure import measure_references, measure_runs
     from megagpt.verify.verdicts import judge
 
@@ -69,7 +95,7 @@ def verify_layout(plan: Plan, steps: int = 20, max_ranks: int = MAX_RANKS) -> Re
         title: judge(variant, [measurements[index] for measurements in by_rank], references[index])
         for index, (title, variant) in enumerate(plans.items())
     }
-    return Report(small.changes, runs)
+    return Part(small.changes, runs)
 
 
 def _kind(plan: Plan) -> str:

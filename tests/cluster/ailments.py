@@ -82,8 +82,8 @@ def _fast(cluster: Cluster, run: Run) -> None:
 
 
 def _close(ports: str, host: str = NODE) -> Callable[[Cluster, Run], object]:
-    """As a firewall that lets known services in only; what is open stays open."""
-    rule = f"tcp dport {ports} tcp flags & (syn | ack) == syn drop"
+    """As a firewall that lets known services in only; what is open stays open, and a host reaches itself."""
+    rule = f"iif != lo tcp dport {ports} tcp flags & (syn | ack) == syn drop"
     chain = "input { type filter hook input priority 0; }"
     words = f"add table inet closed; add chain inet closed {chain}; add rule inet closed input {rule}"
     return lambda cluster, run: _on(cluster, "nft", words, host=host)

@@ -1,6 +1,7 @@
 """A right layout passes every verdict; each planted fault is found, by the quantity that it spoils."""
 
 import contextlib
+import json
 from unittest import mock
 
 import pytest
@@ -157,6 +158,30 @@ def test_a_whole_run_is_verified_in_both_precisions():
     plan = tiny_plan("llama", dp=2, zero=3, precision="bf16", sections={"model": {"num_layers": 8}})
     report = verify_layout(plan, steps=8)
     assert report.passed, report.text()
-    assert list(report.runs) == ["exact: fp32, sgd, ZeRO 3", "as configured: bf16, adamw, ZeRO 3"]
+    (part,) = report.parts
+    assert list(part.runs) == ["exact: fp32, sgd, ZeRO 3", "as configured: bf16, adamw, ZeRO 3"]
     assert report.as_dict()["passed"] is True
-    assert "8 layers" in report.changes[0]
+    assert "8 layers" in part.changes[0]
+
+
+def test_the_command_names_what_is_wrong_and_fails(tmp_path, monkeypatch, capsys):
+    from megagpt.verify.layout import Part, Report
+    from megagpt.verify.verdicts import Verdict
+    from tools import verify_layout as tool
+
+    (tmp_path / "run.yaml").write_text("model: {preset: gpt2-124m}\ntraining: {steps: 3}\n")
+    (tmp_path / "ds.json").write_text('{"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1}')
+    verdicts = [Verdict("loss", 0.0, 1e-5), Verdict("gradient norm", 0.1, 1e-5, "relative")]
+    words = [str(tmp_path / "run.yaml"), "--deepspeed_config", str(tmp_path / "ds.json"), "--world-size", "8"]
+    for shown, status in ((verdicts, 1), (verdicts[:1], 0)):
+        report = Report((Part(("8 ranks -> 2 ranks",), {"exact": shown}),), ("a stage between two others",))
+        monkeypatch.setattr("megagpt.verify.layout.verify_layout", lambda *arguments, report=report: report)
+        monkeypatch.setattr("sys.argv", ["verify_layout.py", *words, "--json", str(tmp_path / "found.json")])
+        assert tool.main() == status
+        printed = capsys.readouterr().out
+        assert ("WRONG gradient norm" in printed) == (status == 1)
+        assert ("THE LAYOUT IS WRONG" in printed) == (status == 1)
+        assert "not verified, as it takes more than --max-ranks: a stage between two others" in printed
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert found["passed"] == (status == 0)
+        assert found["parts"][0]["runs"]["exact"][0]["quantity"] == "loss"
