@@ -15,12 +15,11 @@ from megagpt.plan.estimates import (
     model_state_bytes,
     stage_activation_bytes,
 )
-from megagpt.plan.expert_rules import check_stages_of_experts
 from megagpt.plan.layout import (
     count_active_parameters,
     count_parameters,
     padded_vocab_size,
-    pipeline_stage_bounds,
+    stage_bounds_of_run,
     stage_expert_parameters_per_rank,
     stage_parameters_per_rank,
     transformer_layers_of_stage,
@@ -207,9 +206,7 @@ def make_plan(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> Pl
     grad_accum_dtype = deepspeed.grad_accum_dtype or "fp32"
     padded_vocab = padded_vocab_size(model.vocab_size, run.parallel.make_vocab_size_divisible_by, tensor)
     experts = run.parallel.expert_model_parallel_size
-    bounds = pipeline_stage_bounds(model, pipeline, run.parallel.pipeline_partition, tensor, padded_vocab, experts)
-    if problems := check_stages_of_experts(run, bounds):
-        raise ConfigError(problems)
+    bounds = stage_bounds_of_run(run)
     return Plan(
         run=run,
         deepspeed=deepspeed,
