@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.errors import ConfigError
-from megagpt.plan import deepspeed_config_from_dict, make_plan, run_config_from_dict
+from megagpt.plan import deepspeed_config_from_dict, make_plan, nearest, run_config_from_dict
 from megagpt.plan.nearest import layout_of, with_layout
 from megagpt.plan.rules import broken_rules, check_all
 
@@ -120,6 +120,19 @@ def test_what_only_another_stage_of_zero_would_break_is_not_left_aside():
     saved = {"training": {"recompute_granularity": "full", "distribute_saved_activations": True}}
     assert advice_of(6, 5, sections=saved) == words(6, 6, 1, 1)
     assert advice_of(5, 7, sections=saved).startswith("no layout of 5 ranks passes all rules")
+
+
+@pytest.mark.parametrize(
+    ("batch", "start"),
+    [({}, "nearest layout of 12288 ranks"), ({"train_batch_size": 1021}, "no layout of 12288 ranks")],
+)
+def test_few_layouts_of_thousands_of_ranks_are_tried(batch, start, monkeypatch):
+    """Most sizes break a rule by themselves; 1021 samples go around no number of ranks."""
+    tried = []
+    monkeypatch.setattr(nearest, "with_layout", lambda *args: tried.append(args) or with_layout(*args))
+    model = {"num_layers": 96, "num_attention_heads": 96}
+    assert advice_of(12288, 7, 16, sections={"model": model}, deepspeed=batch).startswith(start)
+    assert len(tried) < 2000
 
 
 TP, PP, CP, EP = (f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context", "expert_model"))
