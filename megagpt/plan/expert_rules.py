@@ -149,8 +149,8 @@ def _check_zero(run: RunConfig, deepspeed: DeepSpeedConfig) -> list[str]:
     zero = deepspeed.raw.get("zero_optimization", {})
     if deepspeed.zero_stage == 3:
         problems.append(
-            f"{deepspeed.source}: zero_optimization.stage=3 does not go with {ways} (DeepSpeed's stage 3 knows one "
-            "data-parallel group only); use stage 1 or 2, or expert_model_parallel_size=1"
+            f"{deepspeed.source}: zero_optimization.stage=3 does not go with {ways} (DeepSpeed's stage 3 "
+            "spreads only experts that its own AutoEP has built); use stage 1 or 2, or expert_model_parallel_size=1"
         )
     for key in ("reduce_scatter", "contiguous_gradients"):
         if zero.get(key) is False:

@@ -56,6 +56,7 @@ def test_both_names_of_bf16(name):
         ({"optimizer": {"type": "Adam"}}, "optimizer: the optimizer belongs in the run config's `optimizer:` section"),
         ({"scheduler": {}}, "scheduler: the schedule belongs in the run config's `optimizer:` section"),
         ({"activation_checkpointing": {}}, "training.recompute_granularity"),
+        ({"expert_parallel": {}}, "set by parallel.expert_model_parallel_size in the run config"),
         ({"amp": {}}, "DeepSpeed has removed it; use bf16"),
         ({"train_batchsize": 4}, "train_batchsize: unknown key; did you mean train_batch_size?"),
         ({"zero_optimization": {"stge": 1}}, "zero_optimization.stge: unknown key; did you mean stage?"),
