@@ -285,8 +285,7 @@ def _replicas(plan: Plan, whose: str, parameters: int, size: int) -> Iterator[Tr
     zero, passes = plan.deepspeed.raw.get("zero_optimization", {}), plan.num_microbatches
     # One and the same group is called by its first name, see `parallel/accounting.py`.
     group = "context" if plan.context_parallel_size > 1 and plan.data_parallel_size == 1 else "data"
-    communicated = plan.deepspeed.raw.get("communication_data_type") or plan.precision
-    gradients = parameters * DTYPE_BYTES[communicated]
+    gradients = parameters * DTYPE_BYTES[plan.deepspeed.communication_data_type]
     weights = parameters * DTYPE_BYTES[plan.precision]
     if plan.zero_stage == 3:
         yield Transfer(f"{whose}gradients", group, "reduce_scatter", size, passes * gradients)
