@@ -77,6 +77,11 @@ class DeepSpeedConfig:
         zero = self.raw.get("zero_optimization", {})
         return any(zero.get(key) for key in ("zero_quantized_weights", "zero_quantized_gradients"))
 
+    @property
+    def secondary_partition_size(self) -> int:
+        """Ranks over which ZeRO++ cuts a second copy of the weights (hpZ); 1 if there is none."""
+        return int(self.raw.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
+
     def _offload_device(self, key: str) -> str:
         section = self.raw.get("zero_optimization", {}).get(key)
         return str(section.get("device", "none")) if isinstance(section, dict) else "none"

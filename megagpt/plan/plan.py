@@ -278,6 +278,7 @@ def _estimate_memory(
             run.optimizer.name,
             deepspeed.offloads_optimizer,
             deepspeed.offloads_parameters,
+            deepspeed.secondary_partition_size,
         )
         for count, ranks in parts
     ]
@@ -310,6 +311,11 @@ def _notes(run: RunConfig, deepspeed: DeepSpeedConfig, batch: Batch) -> list[str
         notes.append(
             f"ZeRO++: each rank first builds its whole tensor-parallel part in fp32 ({gib:,.1f} GiB) and then "
             "splits it; that much must fit on a rank at the start"
+        )
+    if deepspeed.is_quantized:
+        notes.append(
+            "ZeRO++: bytes sent are told as if nothing were quantised; zero_quantized_weights and "
+            "zero_quantized_gradients send fewer"
         )
     stages, microbatches = run.parallel.pipeline_model_parallel_size, batch.num_microbatches
     if microbatches < stages:
