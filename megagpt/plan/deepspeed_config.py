@@ -17,6 +17,7 @@ from megagpt.plan.wording import suggestion
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = ("fp32", "bf16", "fp16")
+COMMUNICATION_KEYS = ("communication_data_type", "seq_parallel_communication_data_type")
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 DEFAULT_GRADIENT_CLIPPING = 1.0  # deepspeed/runtime/constants.py: GRADIENT_CLIPPING_DEFAULT
 DEFAULT_INITIAL_SCALE_POWER = 16  # deepspeed/runtime/precision_config.py: DeepSpeedFP16Config
@@ -55,6 +56,8 @@ class DeepSpeedConfig:
     """Type of the weights in forward and backward passes."""
     grad_accum_dtype: Precision | None
     """Type in which gradients are accumulated, if given."""
+    communication_data_type: Precision
+    """Type in which gradients are sent: that of the weights, unless given."""
     gradient_clipping: float
     """Largest norm of the gradients; 0.0 is off; DeepSpeed 0.19's default is 1.0."""
 
@@ -73,6 +76,11 @@ class DeepSpeedConfig:
         """Whether ZeRO++ sends weights or gradients with fewer bits, which takes CUDA kernels."""
         zero = self.raw.get("zero_optimization", {})
         return any(zero.get(key) for key in ("zero_quantized_weights", "zero_quantized_gradients"))
+
+    @property
+    def secondary_partition_size(self) -> int:
+        """Ranks over which ZeRO++ cuts a second copy of the weights (hpZ); 1 if there is none."""
+        return int(self.raw.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
 
     def _offload_device(self, key: str) -> str:
         section = self.raw.get("zero_optimization", {}).get(key)
@@ -139,6 +147,7 @@ def deepspeed_config_from_dict(tree: dict[str, Any], source: str = "DeepSpeed co
         *_find_auto(tree),
         *_check_batch_sizes(tree),
         *_check_precision(tree),
+        *_check_communication(tree),
         *_check_loss_scale(tree),
         *_check_gradients(tree),
     ]
@@ -154,6 +163,7 @@ def deepspeed_config_from_dict(tree: dict[str, Any], source: str = "DeepSpeed co
         zero_stage=tree.get("zero_optimization", {}).get("stage", 0),
         precision=_precision(tree),
         grad_accum_dtype=data_types.get("grad_accum_dtype"),
+        communication_data_type=_communicated(tree),
         gradient_clipping=float(tree.get("gradient_clipping", DEFAULT_GRADIENT_CLIPPING)),
     )
 
@@ -236,6 +246,15 @@ def _check_precision(tree: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _check_communication(tree: dict[str, Any]) -> list[str]:
+    """Check the types that gradients are sent in; DeepSpeed takes their names in capitals too."""
+    return [
+        f"{key}={tree[key]!r} must be one of {', '.join(DTYPES)}; write one of them, or remove it"
+        for key in COMMUNICATION_KEYS
+        if tree.get(key) not in (None, "auto") and str(tree[key]).lower() not in DTYPES
+    ]
+
+
 def _check_loss_scale(tree: dict[str, Any]) -> list[str]:
     """Check fp16's section: the numbers of its loss scaling."""
     section = tree.get("fp16", {})
@@ -276,6 +295,11 @@ def _check_gradients(tree: dict[str, Any]) -> list[str]:
     if tree.get("managed_gradient_accumulation", True) not in (True, "auto"):
         problems.append("managed_gradient_accumulation must be true: steps end where gradient accumulation ends")
     return problems
+
+
+def _communicated(tree: dict[str, Any]) -> Precision:
+    given = tree.get("communication_data_type")
+    return _precision(tree) if given is None else given.lower()
 
 
 def _enabled(tree: dict[str, Any], name: str) -> bool:

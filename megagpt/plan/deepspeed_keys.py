@@ -55,7 +55,7 @@ REFUSED_KEYS = {
     "tensor_parallel": "tensor parallelism is set by parallel.tensor_model_parallel_size in the run config",
     "sequence_parallel_size": "sequences are split by parallel.context_parallel_size in the run config",
     "data_parallel_size": "it follows from the number of ranks and the parallel section of the run config",
-    "expert_parallel": "mixture-of-experts models are not supported",
+    "expert_parallel": "expert parallelism is set by parallel.expert_model_parallel_size in the run config",
     "hybrid_engine": "DeepSpeed's hybrid engine (for RLHF) is not supported",
     "autotuning": "DeepSpeed's autotuning is not supported; compare layouts with tools/plan.py",
     "data_efficiency": "the order of samples is megagpt's own; DeepSpeed's curricula are not supported",

@@ -115,6 +115,7 @@ def model_state_bytes(
     optimizer: str,
     offloads_optimizer: bool = False,
     offloads_parameters: bool = False,
+    secondary_partition_size: int = 1,
 ) -> StateBytes:
     """Bytes of model states on one rank that holds `parameters` before ZeRO's sharding.
 
@@ -125,6 +126,9 @@ def model_state_bytes(
     Offloading the optimizer moves its states to the host, and adds fp32 gradients for them and (stages 1 and 2) a copy
     of the weights on their way back; under stage 3 the accumulated gradients move too. Offloading parameters (stage 3)
     moves the weights; what a layer has gathered while it computes is not counted.
+
+    ZeRO++'s hpZ (arXiv 2306.10209) cuts a second copy of stage 3's weights over S ranks of a host: `2 P / S` more, from
+    the first forward pass of a step to the update.
     """
     ranks = gradient_parallel_size
     weights = parameters * DTYPE_BYTES[precision]
@@ -133,6 +137,8 @@ def model_state_bytes(
     states = parameters * (4 * has_masters + (8 if optimizer == "adamw" else 0))
     part = -(-parameters // ranks)
     weights = -(-weights // ranks) if zero_stage >= 3 else weights
+    if secondary_partition_size > 1:
+        weights += -(-parameters * DTYPE_BYTES[precision] // secondary_partition_size)
     gradients = -(-gradients // ranks) if zero_stage >= 2 else gradients
     states = -(-states // ranks) if zero_stage >= 1 else states
     host = 0

@@ -2,7 +2,7 @@
 
 from megagpt.plan.config import ModelConfig, RunConfig
 from megagpt.plan.deepspeed_config import DeepSpeedConfig
-from megagpt.plan.layout import divisors, transformer_layers_of_stage
+from megagpt.plan.layout import divisors, stage_bounds_of_run, transformer_layers_of_stage
 from megagpt.plan.wording import or_list
 
 
@@ -122,14 +122,17 @@ def _check_expert_parallel(run: RunConfig, world_size: int) -> list[str]:
     return problems
 
 
-def check_stages_of_experts(run: RunConfig, bounds: tuple[int, ...]) -> list[str]:
+def check_stages_of_experts(run: RunConfig) -> list[str]:
     """Under expert parallelism every stage needs experts.
 
     Args:
-        bounds: of the stages, as `pipeline_stage_bounds` gives them.
+        run: its layers go around the stages.
     """
-    model, ways = run.model, run.parallel.expert_model_parallel_size
-    for stage in range(len(bounds) - 1) if ways > 1 else ():
+    model, ways, pattern = run.model, run.parallel.expert_model_parallel_size, run.model.moe_layer_freq
+    if ways == 1 or model.num_experts is None or (isinstance(pattern, tuple) and len(pattern) != model.num_layers):
+        return []
+    bounds = stage_bounds_of_run(run)
+    for stage in range(len(bounds) - 1):
         if not any(model.has_experts(layer) for layer in transformer_layers_of_stage(bounds, stage)):
             return [
                 f"pipeline stage {stage} has no layer with experts, but under "
@@ -146,8 +149,8 @@ def _check_zero(run: RunConfig, deepspeed: DeepSpeedConfig) -> list[str]:
     zero = deepspeed.raw.get("zero_optimization", {})
     if deepspeed.zero_stage == 3:
         problems.append(
-            f"{deepspeed.source}: zero_optimization.stage=3 does not go with {ways} (DeepSpeed's stage 3 knows one "
-            "data-parallel group only); use stage 1 or 2, or expert_model_parallel_size=1"
+            f"{deepspeed.source}: zero_optimization.stage=3 does not go with {ways} (DeepSpeed's stage 3 "
+            "spreads only experts that its own AutoEP has built); use stage 1 or 2, or expert_model_parallel_size=1"
         )
     for key in ("reduce_scatter", "contiguous_gradients"):
         if zero.get(key) is False:

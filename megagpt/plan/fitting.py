@@ -4,10 +4,9 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
-from megagpt.errors import ConfigError
 from megagpt.plan.config import RunConfig
 from megagpt.plan.deepspeed_config import DeepSpeedConfig, deepspeed_config_from_dict
-from megagpt.plan.nearest import candidate_layouts, distance, layout_of, layout_words, with_layout
+from megagpt.plan.nearest import layout_of, layout_words, passing_layouts, with_layout
 from megagpt.plan.plan import Plan, make_plan
 from megagpt.plan.rules import check_all
 
@@ -32,10 +31,7 @@ def nearest_that_fits(plan: Plan, limit: int) -> str:
             break
         if check_all(run, deepspeed, plan.world_size):
             continue
-        try:
-            changed = make_plan(run, deepspeed, plan.world_size)
-        except ConfigError:
-            continue
+        changed = make_plan(run, deepspeed, plan.world_size)
         if changed.memory.total <= limit:
             return f"nearest change that is estimated to fit ({changed.memory.total / GIB:.2f} GiB per rank): {words}"
     return (
@@ -60,12 +56,11 @@ def _changes(plan: Plan) -> Iterator[Change]:
     if plan.microbatch_size == 1:
         yield recompute, recomputing, deepspeed
     asked = layout_of(run, deepspeed)
-    layouts = sorted(candidate_layouts(asked, plan.world_size), key=lambda layout: distance(asked, layout))
     smallest = _with_microbatch(plan, 1)
     for more, base, json in (("", run, deepspeed), (f"{recompute} ", recomputing, smallest)):
         if more and plan.microbatch_size > 1:
             more += "train_micro_batch_size_per_gpu=1 (JSON) "
-        for layout in layouts:
+        for layout in passing_layouts(base, json, plan.world_size):
             yield more + layout_words(asked, layout, plan.world_size), *with_layout(base, json, layout)
 
 

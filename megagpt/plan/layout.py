@@ -4,11 +4,12 @@ A model is a list of L + 3 pipeline layers: [embedding, L transformer layers, fi
 """
 
 import bisect
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
 
-from megagpt.plan.config import ModelConfig, PipelinePartition
+from megagpt.plan.config import ModelConfig, PipelinePartition, RunConfig
 from megagpt.plan.experts import mlp_sizes
 
 
@@ -45,6 +46,7 @@ def pipeline_stage_bounds(
     Returns:
         PP + 1 indices into the list of L + 3 pipeline layers: stage p holds `bounds[p] .. bounds[p + 1] - 1`.
     """
+    counts: Sequence[int]
     if partition == "uniform":
         counts = uniform_counts(model.num_layers, pipeline_parallel_size)
     elif partition == "parameters":
@@ -55,13 +57,27 @@ def pipeline_stage_bounds(
             padded_vocab or model.vocab_size,
             expert_parallel_size,
         )
-        counts = balanced_counts(sizes, pipeline_parallel_size)
+        counts = balanced_counts(tuple(sizes), pipeline_parallel_size)
     else:
-        counts = list(partition)
+        counts = partition
     assert len(counts) == pipeline_parallel_size and sum(counts) == model.num_layers, counts
     bounds = [0, *(1 + done for done in itertools.accumulate(counts))]
     bounds[-1] = model.num_layers + 3  # final norm and head
     return tuple(bounds)
+
+
+def stage_bounds_of_run(run: RunConfig) -> tuple[int, ...]:
+    """What `pipeline_stage_bounds` gives for the layout of a run."""
+    model, parallel = run.model, run.parallel
+    tensor = parallel.tensor_model_parallel_size
+    return pipeline_stage_bounds(
+        model,
+        parallel.pipeline_model_parallel_size,
+        parallel.pipeline_partition,
+        tensor,
+        padded_vocab_size(model.vocab_size, parallel.make_vocab_size_divisible_by, tensor),
+        parallel.expert_model_parallel_size,
+    )
 
 
 def uniform_counts(num_layers: int, stages: int) -> list[int]:
@@ -78,7 +94,8 @@ def uniform_counts(num_layers: int, stages: int) -> list[int]:
     return counts
 
 
-def balanced_counts(sizes: Sequence[int], stages: int) -> list[int]:
+@functools.lru_cache(maxsize=1024)  # who tries many layouts meets the same sizes again
+def balanced_counts(sizes: tuple[int, ...], stages: int) -> tuple[int, ...]:
     """Transformer layers per stage such that the largest stage is as small as it can be.
 
     Of the partitions with that smallest maximum it is the one with the least sum of squares (the most even one), and of
@@ -105,7 +122,7 @@ def balanced_counts(sizes: Sequence[int], stages: int) -> list[int]:
         counts.append(end - start)
         start = end
     counts[-1] -= 1
-    return counts
+    return tuple(counts)
 
 
 def _cheapest_cut(

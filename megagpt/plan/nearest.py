@@ -3,13 +3,13 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
 from megagpt.plan.config import RunConfig
 from megagpt.plan.deepspeed_config import DeepSpeedConfig
 from megagpt.plan.layout import divisors
-from megagpt.plan.rules import check_all, check_batch
+from megagpt.plan.rules import broken_rules, check_all, check_batch
 
 SIZES = (
     "tensor_model_parallel_size",
@@ -29,8 +29,8 @@ def nearest_layout(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) 
     """Words for the layout of as many ranks that passes all rules and changes least of what was asked for.
 
     TP is kept rather than PP, PP rather than other sizes, and those rather than the ZeRO stage; a size that cannot be
-    kept changes by the smallest factor. Problems that a plain run on one rank has too are no matter of the
-    layout: they are left aside.
+    kept changes by the smallest factor, of equally far ones to the smaller. Problems that remain in a plain run are no
+    matter of the layout: they are left aside.
 
     Args:
         run: a run config that breaks a rule.
@@ -40,18 +40,16 @@ def nearest_layout(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) 
     Returns:
         Keys and values, or that there is no such layout; None if the layout is not what stands in the way.
     """
-    asked = layout_of(run, deepspeed)
-    plain: Layout = {key: 1 for key in asked if key in SIZES}
-    plain |= {"sequence_parallel": False, "pipeline_partition": "uniform", "zero_stage": min(deepspeed.zero_stage, 1)}
-    plain_run, plain_deepspeed = with_layout(run, deepspeed, plain)
-    batch = check_batch(plain_run, plain_deepspeed, 1)  # does depend on the layout
-    others = set(check_all(plain_run, plain_deepspeed, 1)) - set(batch)
-    if world_size < 1 or set(_problems(run, deepspeed, asked, world_size)) <= others:
+    if world_size < 1:
         return None
-    for layout in sorted(candidate_layouts(asked, world_size), key=lambda layout: distance(asked, layout)):
-        if set(_problems(run, deepspeed, layout, world_size)) <= others:
-            words = layout_words(asked, layout, world_size)
-            return f"nearest layout of {_ranks(world_size)} that passes all rules: {words}"
+    asked = layout_of(run, deepspeed)
+    problems, plain = set(check_all(run, deepspeed, world_size)), _plain(asked)
+    others = problems & _problems_but_batch(run, deepspeed, plain, world_size)
+    if problems <= others:
+        return None
+    for layout in passing_layouts(run, deepspeed, world_size, others):
+        words = layout_words(asked, layout, world_size)
+        return f"nearest layout of {_ranks(world_size)} that passes all rules: {words}"
     return f"no layout of {_ranks(world_size)} passes all rules; change the number of ranks, the batch or the model"
 
 
@@ -78,43 +76,65 @@ def with_layout(run: RunConfig, deepspeed: DeepSpeedConfig, layout: Layout) -> t
     return run, deepspeed
 
 
-def _problems(run: RunConfig, deepspeed: DeepSpeedConfig, layout: Layout, world_size: int) -> list[str]:
-    """What a layout breaks of all rules."""
-    return check_all(*with_layout(run, deepspeed, layout), world_size)
+def passing_layouts(
+    run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int, others: Set[str] = frozenset()
+) -> Iterator[Layout]:
+    """Every layout of `world_size` ranks that passes all rules, the nearest to that of the run first.
 
-
-def candidate_layouts(asked: Layout, world_size: int) -> Iterator[Layout]:
-    """Every layout of `world_size` ranks; without repetition."""
-    keys = [key for key in SIZES if key in asked]
-    partitions = dict.fromkeys([asked["pipeline_partition"], "uniform"])
-    stages = dict.fromkeys([asked["zero_stage"], 1, 2, 3])
-    for sizes in _factors(keys, world_size):
-        for zero_stage, sequence, partition in itertools.product(stages, (False, True), partitions):
-            switches = {"zero_stage": zero_stage, "sequence_parallel": sequence, "pipeline_partition": partition}
-            yield {**sizes, **switches}
-
-
-def _factors(keys: list[str], world_size: int) -> Iterator[dict[str, int]]:
-    """Sizes such that those of one replica multiply to a divisor of the number of ranks."""
-    for values in itertools.product(divisors(world_size), repeat=len(keys)):
-        sizes = dict(zip(keys, values, strict=True))
-        if world_size % math.prod(sizes[key] for key in keys if key in REPLICA_SIZES) == 0:
-            yield sizes
-
-
-def distance(asked: Layout, layout: Layout) -> tuple[float, ...]:
-    """How far a layout is from what was asked, the most important difference first.
-
-    Sizes differ by their ratio; of equally far ones the smaller is nearer.
+    Args:
+        others: problems that are left aside.
     """
-    sizes = [key for key in SIZES if key in asked]
-    return (
-        *itertools.chain.from_iterable((abs(math.log2(layout[key] / asked[key])), layout[key]) for key in sizes),
-        abs(layout["zero_stage"] - asked["zero_stage"]),
-        layout["zero_stage"],
-        layout["sequence_parallel"] != asked["sequence_parallel"],
-        layout["pipeline_partition"] != asked["pipeline_partition"],
-    )
+    asked = layout_of(run, deepspeed)
+    switches = list(_switches(asked))
+
+    def passes(layout: Layout, rules: Callable[..., Iterable[str]]) -> bool:
+        return all(problem in others for problem in rules(*with_layout(run, deepspeed, layout), world_size))
+
+    sizes = {key: _possible_sizes(run, deepspeed, key, world_size) for key in asked if key in SIZES}
+    for values in itertools.product(*sizes.values()):
+        chosen = dict(zip(sizes, values, strict=True))
+        if world_size % math.prod(chosen[key] for key in REPLICA_SIZES if key in chosen):
+            continue
+        if not passes(chosen | switches[0], check_batch):
+            continue  # nor does it with other switches
+        yield from (chosen | switch for switch in switches if passes(chosen | switch, broken_rules))
+
+
+def _switches(asked: Layout) -> Iterator[Layout]:
+    """ZeRO stage, sequence parallelism and partition of the stages, the nearest to those asked for first."""
+    asked_stage, asked_sequence = asked["zero_stage"], asked["sequence_parallel"]
+    stages = sorted({asked_stage, 1, 2, 3}, key=lambda stage: (abs(stage - asked_stage), stage))
+    partitions = dict.fromkeys([asked["pipeline_partition"], "uniform"])
+    for stage, sequence, partition in itertools.product(stages, (asked_sequence, not asked_sequence), partitions):
+        yield {"zero_stage": stage, "sequence_parallel": sequence, "pipeline_partition": partition}
+
+
+def _possible_sizes(run: RunConfig, deepspeed: DeepSpeedConfig, key: str, world_size: int) -> list[int]:
+    """Sizes that break no rule where all other sizes are 1, the nearest to that of the run first.
+
+    A size that breaks one there breaks it in any layout; but how many samples a step has is up to all of them.
+    """
+    asked = layout_of(run, deepspeed)
+    switches = [_plain(asked) | switch for switch in _switches(asked)]
+    before = set().union(*(_problems_but_batch(run, deepspeed, layout, world_size) for layout in switches))
+    nearest_first = sorted(divisors(world_size), key=lambda size: (abs(math.log2(size / asked[key])), size))
+    return [
+        size
+        for size in nearest_first
+        if any(_problems_but_batch(run, deepspeed, layout | {key: size}, world_size) <= before for layout in switches)
+    ]
+
+
+def _plain(asked: Layout) -> Layout:
+    """All ranks are data parallel."""
+    sizes = {key: 1 for key in asked if key in SIZES}
+    switches = {"sequence_parallel": False, "pipeline_partition": "uniform", "zero_stage": min(asked["zero_stage"], 1)}
+    return {**sizes, **switches}
+
+
+def _problems_but_batch(run: RunConfig, deepspeed: DeepSpeedConfig, layout: Layout, world_size: int) -> set[str]:
+    run, deepspeed = with_layout(run, deepspeed, layout)
+    return set(check_all(run, deepspeed, world_size)) - set(check_batch(run, deepspeed, world_size))
 
 
 def layout_words(asked: Layout, layout: Layout, world_size: int) -> str:

@@ -15,12 +15,11 @@ from megagpt.plan.estimates import (
     model_state_bytes,
     stage_activation_bytes,
 )
-from megagpt.plan.expert_rules import check_stages_of_experts
 from megagpt.plan.layout import (
     count_active_parameters,
     count_parameters,
     padded_vocab_size,
-    pipeline_stage_bounds,
+    stage_bounds_of_run,
     stage_expert_parameters_per_rank,
     stage_parameters_per_rank,
     transformer_layers_of_stage,
@@ -207,9 +206,7 @@ def make_plan(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> Pl
     grad_accum_dtype = deepspeed.grad_accum_dtype or "fp32"
     padded_vocab = padded_vocab_size(model.vocab_size, run.parallel.make_vocab_size_divisible_by, tensor)
     experts = run.parallel.expert_model_parallel_size
-    bounds = pipeline_stage_bounds(model, pipeline, run.parallel.pipeline_partition, tensor, padded_vocab, experts)
-    if problems := check_stages_of_experts(run, bounds):
-        raise ConfigError(problems)
+    bounds = stage_bounds_of_run(run)
     return Plan(
         run=run,
         deepspeed=deepspeed,
@@ -281,6 +278,7 @@ def _estimate_memory(
             run.optimizer.name,
             deepspeed.offloads_optimizer,
             deepspeed.offloads_parameters,
+            deepspeed.secondary_partition_size,
         )
         for count, ranks in parts
     ]
@@ -313,6 +311,11 @@ def _notes(run: RunConfig, deepspeed: DeepSpeedConfig, batch: Batch) -> list[str
         notes.append(
             f"ZeRO++: each rank first builds its whole tensor-parallel part in fp32 ({gib:,.1f} GiB) and then "
             "splits it; that much must fit on a rank at the start"
+        )
+    if deepspeed.is_quantized:
+        notes.append(
+            "ZeRO++: bytes sent are told as if nothing were quantised; zero_quantized_weights and "
+            "zero_quantized_gradients send fewer"
         )
     stages, microbatches = run.parallel.pipeline_model_parallel_size, batch.num_microbatches
     if microbatches < stages:

@@ -1,13 +1,14 @@
 """Rules that span sections or files. Each function returns one sentence per broken rule, with the fix."""
 
 import math
+from collections.abc import Iterator
 
 from megagpt.errors import ConfigError
 from megagpt.plan.batch import resolve_batch
 from megagpt.plan.config import ModelConfig, RunConfig
 from megagpt.plan.data_rules import check_data
 from megagpt.plan.deepspeed_config import DeepSpeedConfig
-from megagpt.plan.expert_rules import check_experts
+from megagpt.plan.expert_rules import check_experts, check_stages_of_experts
 from megagpt.plan.layout import divisors
 from megagpt.plan.recompute import FULL_ONLY_KEYS
 from megagpt.plan.wording import or_list, shown
@@ -22,22 +23,25 @@ def check_all(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> li
     Args:
         world_size: number of ranks.
     """
-    return [
-        *check_ranks(run, world_size),
-        *check_model(run.model),
-        *check_tensor_parallel(run),
-        *check_context_parallel(run),
-        *check_experts(run, deepspeed, world_size),
-        *check_pipeline(run, deepspeed),
-        *check_sequence(run),
-        *check_recompute(run),
-        *check_schedule(run),
-        *check_data(run),
-        *check_outputs(run),
-        *check_deepspeed(run, deepspeed),
-        *check_zero(run, deepspeed, world_size),
-        *check_batch(run, deepspeed, world_size),
-    ]
+    return list(broken_rules(run, deepspeed, world_size))
+
+
+def broken_rules(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> Iterator[str]:
+    """What `check_all` finds, one problem after the other: who needs only the first one need not wait for all."""
+    yield from check_ranks(run, world_size)
+    yield from check_model(run.model)
+    yield from check_tensor_parallel(run)
+    yield from check_context_parallel(run)
+    yield from check_experts(run, deepspeed, world_size)
+    yield from check_pipeline(run, deepspeed)
+    yield from check_sequence(run)
+    yield from check_recompute(run)
+    yield from check_schedule(run)
+    yield from check_data(run)
+    yield from check_outputs(run)
+    yield from check_deepspeed(run, deepspeed)
+    yield from check_zero(run, deepspeed, world_size)
+    yield from check_batch(run, deepspeed, world_size)
 
 
 def check_ranks(run: RunConfig, world_size: int) -> list[str]:
@@ -179,9 +183,9 @@ def check_context_parallel(run: RunConfig) -> list[str]:
 
 
 def check_pipeline(run: RunConfig, deepspeed: DeepSpeedConfig) -> list[str]:
-    """Every stage needs a layer; ZeRO 2 and 3 do not go with stages."""
+    """Every stage needs a layer, and experts if they are spread; ZeRO 2 and 3 do not go with stages."""
     stages = run.parallel.pipeline_model_parallel_size
-    problems = check_pipeline_partition(run)
+    problems = check_pipeline_partition(run) or check_stages_of_experts(run)
     if stages > 1 and deepspeed.zero_stage >= 2:
         problems.append(
             f"{deepspeed.source}: zero_optimization.stage={deepspeed.zero_stage} does not go with "

@@ -285,18 +285,17 @@ def _replicas(plan: Plan, whose: str, parameters: int, size: int) -> Iterator[Tr
     zero, passes = plan.deepspeed.raw.get("zero_optimization", {}), plan.num_microbatches
     # One and the same group is called by its first name, see `parallel/accounting.py`.
     group = "context" if plan.context_parallel_size > 1 and plan.data_parallel_size == 1 else "data"
-    communicated = plan.deepspeed.raw.get("communication_data_type") or plan.precision
-    gradients = parameters * DTYPE_BYTES[communicated]
+    gradients = parameters * DTYPE_BYTES[plan.deepspeed.communication_data_type]
     weights = parameters * DTYPE_BYTES[plan.precision]
     if plan.zero_stage == 3:
         yield Transfer(f"{whose}gradients", group, "reduce_scatter", size, passes * gradients)
-        # Gathered for the forward and again for the backward pass; layers below the thresholds of the JSON stay.
-        tensor, gathered = plan.tensor_parallel_size, 2 * parameters
-        if not plan.model.untie_embeddings_and_output_weights:  # as the head, too
-            gathered += 2 * plan.padded_vocab_size // tensor * plan.model.hidden_size
-        for layer, forwards in enumerate(_forwards_by_layer(plan, 0)):  # once more where it is recomputed
-            gathered += (forwards - 1) * transformer_layer_parameters(plan.model, tensor, layer)
-        gathered *= passes * DTYPE_BYTES[plan.precision]
+        gathered = passes * _gathered_parameters(plan, parameters) * DTYPE_BYTES[plan.precision]
+        secondary = plan.deepspeed.secondary_partition_size
+        if secondary > 1:
+            # What has been gathered once in a step is cut again over fewer ranks, which suffice until the update.
+            near = "context" if plan.context_parallel_size % secondary == 0 else "data"
+            yield Transfer(f"{whose}weights, again", near, "all_gather", secondary, gathered - weights)
+            gathered = weights
         yield Transfer(f"{whose}weights", group, "all_gather", size, gathered)
         return
     # Stage 2 keeps no whole gradients from one micro-batch to the next, so it reduces each one. DeepSpeed's default
@@ -308,3 +307,16 @@ def _replicas(plan: Plan, whose: str, parameters: int, size: int) -> Iterator[Tr
     collective = "reduce" if one_by_one else "all_reduce"
     yield Transfer(f"{whose}gradients", group, collective, size, times * gradients)
     yield Transfer(f"{whose}weights", group, "all_gather", size, weights)
+
+
+def _gathered_parameters(plan: Plan, parameters: int) -> int:
+    """What stage 3 gathers of `parameters` for a micro-batch: all for the forward and again for the backward pass.
+
+    Layers below the thresholds of the JSON stay, which is not counted.
+    """
+    tensor, gathered = plan.tensor_parallel_size, 2 * parameters
+    if not plan.model.untie_embeddings_and_output_weights:  # as the head, too
+        gathered += 2 * plan.padded_vocab_size // tensor * plan.model.hidden_size
+    for layer, forwards in enumerate(_forwards_by_layer(plan, 0)):  # once more where it is recomputed
+        gathered += (forwards - 1) * transformer_layer_parameters(plan.model, tensor, layer)
+    return gathered

@@ -21,8 +21,7 @@ QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients")
 
 def is_zero_plus_plus(deepspeed: DeepSpeedConfig) -> bool:
     """Whether weights are cut a second time within hosts, or sent with fewer bits."""
-    zero = deepspeed.raw.get("zero_optimization", {})
-    return deepspeed.is_quantized or zero.get("zero_hpz_partition_size", 1) > 1
+    return deepspeed.is_quantized or deepspeed.secondary_partition_size > 1
 
 
 def check_zero(run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int) -> list[str]:

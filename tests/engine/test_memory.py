@@ -58,15 +58,17 @@ STATES = [
     {"dp": 2, "zero": 2, "precision": "bf16"},
     {"dp": 2, "zero": 3, "precision": "bf16"},
     {"pp": 2, "dp": 2, "precision": "bf16"},
+    {"dp": 4, "zero": 3, "precision": "bf16", "zero_keys": {"zero_hpz_partition_size": 2}},
 ]
 
 
 @pytest.mark.parametrize("layout", STATES, ids=lambda layout: "-".join(f"{k}{v}" for k, v in layout.items()))
 def test_model_states_take_what_zero_says(layout):
     # wide enough for the other tensors (positions, buffers of pipeline stages) to be small
-    plan = tiny_plan("llama", ADAM, **layout, sections={"model": {"hidden_size": 128, "ffn_hidden_size": 320}})
+    layout = dict(layout)
     keys = {"reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0,
-            "stage3_max_reuse_distance": 0}  # fmt: skip
+            "stage3_max_reuse_distance": 0, **layout.pop("zero_keys", {})}  # fmt: skip
+    plan = tiny_plan("llama", ADAM, **layout, sections={"model": {"hidden_size": 128, "ffn_hidden_size": 320}})
     raw = {**plan.deepspeed.raw, "zero_optimization": {**plan.deepspeed.raw["zero_optimization"], **keys}}
     plan = make_plan(plan.run, deepspeed_config_from_dict(raw), plan.world_size)
     for rank, peak in enumerate(run_ranks(peak_state_bytes, plan.world_size, plan)):

@@ -30,7 +30,10 @@ def plan_of(layout: dict):
 
 
 def traffic_of_steps(plan) -> list:
-    """Traffic of the first two steps, on this rank."""
+    """Traffic of the first and the third step, on this rank.
+
+    By then ZeRO 3 has compared the order of its layers among the ranks, which it does in its second forward pass.
+    """
     from megagpt.engine import build_engine
     from megagpt.parallel.accounting import count_traffic
     from megagpt.parallel.launch import detect_launch
@@ -39,16 +42,16 @@ def traffic_of_steps(plan) -> list:
     ranks = start_ranks(plan, detect_launch())
     engine = build_engine(plan, ranks)
     steps = []
-    for step in range(2):
+    for step in range(3):
         with count_traffic(ranks) as traffic:
             engine.train_step(rank_batches(plan, ranks.data_rank, step), 0.1)
         steps.append(traffic)
-    return steps
+    return [steps[0], steps[-1]]
 
 
 @pytest.fixture(scope="module")
 def measured(libraries):
-    """Traffic of two steps on every rank of a layout; each layout runs once."""
+    """Traffic of those two steps on every rank of a layout; each layout runs once."""
     cache: dict[str, list] = {}
 
     def get(**layout):
@@ -177,6 +180,7 @@ def test_zero_moves_its_multiple_of_the_parameters(measured, stage, keys, share,
 
 
 FULL = {"recompute_granularity": "full"}
+HPZ = {"zero_hpz_partition_size": 2}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 TIED = {"model": {"untie_embeddings_and_output_weights": False}}
 ALLGATHER = {"parallel": {"moe_token_dispatcher_type": "allgather"}}
@@ -207,6 +211,9 @@ LAYOUTS = [
     {"tp": 2, "dp": 2, "zero": 3, "precision": "bf16", "zero_keys": WHOLE_LAYERS},
     {"dp": 2, "zero": 3, "zero_keys": WHOLE_LAYERS, "sections": TIED},
     {"dp": 2, "zero": 3, "zero_keys": WHOLE_LAYERS, "recompute": FULL},
+    {"dp": 4, "zero": 3, "zero_keys": {**WHOLE_LAYERS, **HPZ}, "sections": TIED},
+    {"dp": 4, "zero": 3, "precision": "bf16", "zero_keys": {**WHOLE_LAYERS, **HPZ}},
+    {"cp": 2, "dp": 2, "zero": 3, "zero_keys": {**WHOLE_LAYERS, **HPZ}, "recompute": FULL},
 ]
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megagpt.plan import deepspeed_config_from_dict, make_plan, run_config_from_dict
+from megagpt.plan import deepspeed_config_from_dict, make_plan, run_config_from_dict, traffic_per_step
 
 MODEL = {
     "num_layers": 4,
@@ -115,6 +115,18 @@ def test_few_micro_batches_are_noted():
     (note,) = [note for note in plan_of(raw).notes if "idles" in note]
     assert "idles 50%" in note
     assert not any("idles" in note for note in plan_of().notes)
+
+
+def test_what_quantisation_spares_is_not_foretold_which_is_noted():
+    def plan(**keys):
+        zero = {"stage": 3, "zero_hpz_partition_size": 2, **keys}
+        raw = {**RAW, "zero_optimization": zero}
+        return plan_of(raw, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
+
+    plain, quantised = plan(), plan(zero_quantized_weights=True)
+    (note,) = set(quantised.notes) - set(plain.notes)
+    assert "bytes sent are told as if nothing were quantised" in note
+    assert traffic_per_step(quantised, 0) == traffic_per_step(plain, 0)
 
 
 def test_selective_recomputation_is_advised_against_where_attention_is_fused():

@@ -37,6 +37,15 @@ def test_what_an_empty_config_means():
     assert config.gradient_clipping == 1.0
 
 
+def test_gradients_are_sent_in_the_type_of_the_weights_unless_another_is_given():
+    bf16 = {"bf16": {"enabled": True}}
+    types = [
+        deepspeed_config_from_dict({**bf16, **more}).communication_data_type
+        for more in ({}, {"communication_data_type": None}, {"communication_data_type": "FP32"})
+    ]
+    assert types == ["bf16", "bf16", "fp32"]
+
+
 def test_loss_scale_of_fp16():
     dynamic = deepspeed_config_from_dict({"fp16": {"enabled": True}})
     assert (dynamic.precision, dynamic.loss_scale_is_dynamic, dynamic.initial_loss_scale) == ("fp16", True, 65536.0)
@@ -56,6 +65,7 @@ def test_both_names_of_bf16(name):
         ({"optimizer": {"type": "Adam"}}, "optimizer: the optimizer belongs in the run config's `optimizer:` section"),
         ({"scheduler": {}}, "scheduler: the schedule belongs in the run config's `optimizer:` section"),
         ({"activation_checkpointing": {}}, "training.recompute_granularity"),
+        ({"expert_parallel": {}}, "set by parallel.expert_model_parallel_size in the run config"),
         ({"amp": {}}, "DeepSpeed has removed it; use bf16"),
         ({"train_batchsize": 4}, "train_batchsize: unknown key; did you mean train_batch_size?"),
         ({"zero_optimization": {"stge": 1}}, "zero_optimization.stge: unknown key; did you mean stage?"),
@@ -71,6 +81,13 @@ def test_both_names_of_bf16(name):
         ({"data_types": {"grad_accum_dtype": "fp64"}}, "must be one of fp32, bf16, fp16"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "does not go with fp32 weights; use fp32"),
         ({"data_types": {"param_dtype": "bf16"}}, "contradicts the precision fp32"),
+        ({"communication_data_type": "float32"}, "communication_data_type='float32' must be one of fp32, bf16, fp16; "),
+        ({"communication_data_type": 16}, "communication_data_type=16 must be one of fp32, bf16, fp16; write one"),
+        ({"communication_data_type": "auto"}, 'communication_data_type="auto" has nobody to fill it in'),
+        (
+            {"seq_parallel_communication_data_type": "int8"},
+            "seq_parallel_communication_data_type='int8' must be one of",
+        ),
         ({"pipeline": {"stages": 4}}, "pipeline.stages: unknown key"),
         ({"train_batch_size": "auto"}, 'train_batch_size="auto" has nobody to fill it in'),
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, 'zero_optimization.reduce_bucket_size="auto"'),

@@ -86,6 +86,16 @@ def test_what_is_offloaded_leaves_the_device():
     assert everything == (0, 0, 0, 25 * (4 + 4 + 2 + 2))
 
 
+def test_a_second_copy_of_the_weights_is_cut_over_fewer_ranks():
+    plain = model_state_bytes(100, "bf16", "bf16", 3, 20, "adamw")
+    twice = model_state_bytes(100, "bf16", "bf16", 3, 20, "adamw", secondary_partition_size=5)
+    assert twice == (plain.weights + 2 * 20, *plain[1:])
+    offloaded = model_state_bytes(
+        100, "bf16", "bf16", 3, 20, "adamw", offloads_parameters=True, secondary_partition_size=5
+    )
+    assert (offloaded.weights, offloaded.host) == (0, twice.weights)
+
+
 @pytest.mark.parametrize("tensor", [1, 2, 8])
 def test_activations_are_those_of_arxiv_2205_05198(tensor):
     model = megatron_model(hidden_dropout=0.1)

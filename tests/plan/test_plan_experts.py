@@ -45,7 +45,12 @@ def expert_parallel(ways, tensor=1, pipeline=1):
             4,
             "pipeline stage 0 has no layer with experts",
         ),
-        (sections(expert_parallel(2)), {"zero_optimization": {"stage": 3}}, 2, "use stage 1 or 2, or expert_model"),
+        (
+            sections(expert_parallel(2)),
+            {"zero_optimization": {"stage": 3}},
+            2,
+            "AutoEP has built); use stage 1 or 2, or",
+        ),
         (
             sections(expert_parallel(2)),
             {"zero_optimization": {"stage": 2, "reduce_scatter": False}},

@@ -71,7 +71,7 @@ def stage_sizes(sizes, bounds):
     data=st.data(),
 )
 def test_balanced_stages_have_the_smallest_maximum_and_then_the_least_spread(layers, ends, data):
-    sizes = [ends[0], *layers, *ends[1:]]
+    sizes = (ends[0], *layers, *ends[1:])
     stages = data.draw(st.integers(1, len(layers) + 1))
     counts = balanced_counts(sizes, stages)
     assert sum(counts) == len(layers)
@@ -84,7 +84,7 @@ def test_balanced_stages_have_the_smallest_maximum_and_then_the_least_spread(lay
 
 
 def test_of_equally_good_stages_the_later_ones_hold_more():
-    assert balanced_counts([0, *[3] * 10, 0, 0], 4) == [2, 2, 3, 3]
+    assert balanced_counts((0, *[3] * 10, 0, 0), 4) == (2, 2, 3, 3)
 
 
 def test_a_heavy_vocabulary_takes_layers_from_the_first_and_the_last_stage():
