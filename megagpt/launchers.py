@@ -5,6 +5,7 @@ No torch. Where the ranks meet is found out by `parallel/launch.py`, how they sh
 """
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,6 +60,19 @@ def find_place(environ: Mapping[str, str] = os.environ, with_local_rank: bool = 
             _refuse_exported_ranks(environ, rank, world_size)
         return Place(launcher, rank, world_size, local_rank)
     return None
+
+
+def host_name(environ: Mapping[str, str] = os.environ) -> str:
+    """This host's name: Slurm's if that has started this process, as its commands may not know the host's own.
+
+    Not under mpirun: MPICH's gives the ranks of all hosts the variables of the first one.
+
+    Args:
+        environ: variables of this process.
+    """
+    keys = (_NEEDED.get(launcher, key) for launcher, key, *_ in _LAUNCHERS if launcher.startswith("mpirun"))
+    told = None if any(key in environ for key in keys) else environ.get("SLURMD_NODENAME")
+    return told or socket.gethostname()
 
 
 def number(environ: Mapping[str, str], key: str, launcher: str) -> int:

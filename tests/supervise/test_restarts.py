@@ -1,6 +1,7 @@
 """When a job is started again, when not, and where, seen with stand-ins for Slurm's commands."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from megagpt.plan import run_config_from_dict
 from megagpt.storage import location
 from megagpt.supervise.beats import BeatFolder, Verdict
 from megagpt.supervise.restarts import begin, end, newest_step
+from megagpt.supervise.watchdog import Limits, Place, Watchdog
 
 MODEL = {
     "num_layers": 1,
@@ -151,6 +153,14 @@ def test_the_node_that_failed_is_left_out(job: Job, monkeypatch: pytest.MonkeyPa
     ]
     assert job.said("requeued") == []
     assert job.said("updated") == ["update JobId=77 Requeue=0"]  # or Slurm might start it, too
+
+
+def test_a_verdict_names_hosts_as_slurm_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "node2.cluster.example")
+    monkeypatch.setenv("SLURMD_NODENAME", "node2")
+    place = Place(rank=0, world_size=1, stage=0, data=0, context=0, tensor=0)
+    watchdog = Watchdog(BeatFolder(tmp_path), place, Limits(stuck=9.0), say=lambda text: None)
+    assert watchdog.failed("CUDA error: the GPU has fallen off the bus", 75).hosts == ["node2"]
 
 
 def test_the_next_start_tells_what_has_ended_the_one_before(job: Job) -> None:
