@@ -1,6 +1,5 @@
 """When a job is started again, when not, and where, seen with stand-ins for Slurm's commands."""
 
-import os
 import socket
 from pathlib import Path
 
@@ -20,17 +19,16 @@ MODEL = {
     "vocab_size": 10,
     "max_position_embeddings": 8,
 }
+NODES = "".join(f"node{number}|idle|8|64000|gpu:4|(null)\\n" for number in (1, 2, 3))
 STAND_INS = {
     "squeue": 'echo "${JOB_STATE:-RUNNING}"',
-    "sbatch": 'printf "%s\\n" "$@" >>submitted; echo "chain $MEGAGPT_CHAIN" >>submitted; echo 78',
-    "sinfo": "printf 'node1\\nnode2\\nnode3\\n'",
+    "sinfo": 'printf "%b" "$NODES"',
     "scontrol": """
         if [[ $1 == update ]]; then echo "$@" >>updated; exit; fi
         if [[ $1 == requeue ]]; then echo "$@" >>requeued; exit; fi
         if [[ $* == *hostnames* ]]; then echo "${@: -1}" | tr , '\\n'; exit; fi
-        echo "JobId=77 JobName=mega Account=(null) QOS=normal ExcNodeList=${EXCLUDED:-(null)} TimeLimit=01:00:00" \\
-          "Partition=main NumNodes=2 Command=/repo/slurm/pretrain.sbatch run.yaml ds.json a.b=3 WorkDir=/repo" \\
-          "StdErr=/repo/x.out StdOut=/repo/x.out" """,
+        echo "JobId=77 JobName=mega Partition=main ReqNodeList=(null) ExcNodeList=(null) NumNodes=2" \\
+          "Features=(null) Command=/repo/slurm/pretrain.sbatch run.yaml ds.json data.split=[90, 10, 0]" """,
 }
 
 
@@ -46,12 +44,7 @@ class Job:
             "logging": {"directory": str(folder / "logs")},
         }
         self.run = run_config_from_dict(tree)
-        self.environ = {
-            "SLURM_JOB_ID": "77",
-            "SLURM_NNODES": "2",
-            "SLURM_NTASKS_PER_NODE": "4",
-            "PATH": os.environ["PATH"],
-        }
+        self.environ = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2"}
 
     def save(self, step: int) -> None:
         path = self.folder / "checkpoints" / f"step-{step:08d}"
@@ -80,6 +73,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     for name, text in STAND_INS.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("NODES", NODES)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.chdir(tmp_path)
     return Job(tmp_path)
@@ -132,27 +126,12 @@ def test_what_a_user_has_to_mend_or_has_cancelled_is_left_alone(
     assert words in said
 
 
-def test_the_node_that_failed_is_left_out(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_node_that_failed_is_left_out(job: Job) -> None:
     begin(job.run, 3, job.environ)
     job.verdict("lost", ["node2"])
-    assert ended(job.run, 3, 75, job.environ) == (0, "job 78 goes on from step 0 without node2")
-    assert job.said("submitted") == [
-        "--parsable",
-        "--exclude=node2",
-        "--nodes=2",
-        "--dependency=afterany:77",
-        "--time=01:00:00",
-        "--partition=main",
-        "--qos=normal",
-        "--job-name=mega",
-        "--output=/repo/x.out",
-        "--chdir=/repo",
-        "--ntasks-per-node=4",
-        *("/repo/slurm/pretrain.sbatch", "run.yaml", "ds.json", "a.b=3"),
-        "chain 77",
-    ]
-    assert job.said("requeued") == []
-    assert job.said("updated") == ["update JobId=77 Requeue=0"]  # or Slurm might start it, too
+    assert ended(job.run, 3, 75, job.environ) == (0, "job 77 is queued again and goes on from step 0 without node2")
+    assert job.said("requeued") == ["requeue 77"]
+    assert job.said("updated") == ["update JobId=77 ExcNodeList=node2"]
 
 
 def test_a_verdict_names_hosts_as_slurm_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,11 +150,18 @@ def test_the_next_start_tells_what_has_ended_the_one_before(job: Job) -> None:
     assert begin(job.run, 3, job.environ) == ""  # it was another start's
 
 
-def test_without_enough_other_nodes_the_job_keeps_its_own(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_enough_other_nodes_the_job_keeps_its_own_and_says_so(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begin(job.run, 3, job.environ)
     job.verdict("lost", ["node2"])
-    monkeypatch.setenv("EXCLUDED", "node1")
-    assert ended(job.run, 3, 75, job.environ) == (0, "job 77 is queued again and goes on from step 0")
+    monkeypatch.setenv("NODES", NODES.replace("node3|idle", "node3|down*"))
+    code, said = ended(job.run, 3, 75, job.environ)
+    assert (code, said.partition("; ")[0]) == (0, "job 77 is queued again and goes on from step 0")
+    assert said.endswith(
+        "; node2 may be among its nodes again: of nodes that serve as well 1 are up, and the job needs 2"
+    )
+    assert job.said("updated") == []
 
 
 @pytest.mark.parametrize(("kind", "hosts"), [("failed", ["node2"]), ("lost", ["node1", "node2"])])
