@@ -4,6 +4,7 @@ Slurm changes the nodes of a job only while it is pending, which one that is que
 that is left with too few nodes is not told so: Slurm holds it for ever. So they are counted before.
 """
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -76,6 +77,23 @@ def _obstacle(fields: Mapping[str, str], partition: str, bad: Sequence[str]) -> 
     needed = int(fields.get("NumNodes", "1").partition("-")[0])
     is_enough = len(others) >= needed
     return "" if is_enough else f"of nodes that serve as well {len(others)} are up, and the job needs {needed}"
+
+
+def followers(job: str, ended_well: bool) -> list[str]:
+    """Jobs of the same command that start once this one has ended, and those after them: the rest of its chain.
+
+    Args:
+        job: Slurm's number of one that runs.
+        ended_well: how it ends, on which it depends who follows.
+    """
+    told = ask("squeue", "--noheader", f"--user={os.getuid()}", "--format=%i|%E|%o") or ""
+    rows = [line.strip().split("|", 2) for line in told.splitlines() if line.count("|") >= 2]
+    own = [command for number, _, command in rows if number == job]
+    how, found = "any|ok" if ended_well else "any|notok", [job]
+    for last in found:  # which grows
+        after = re.compile(rf"\bafter(?:{how}):{last}\b")
+        found += [number for number, waits_for, command in rows if after.search(waits_for) and command in own]
+    return found[1:]
 
 
 def ask(*command: str) -> str | None:

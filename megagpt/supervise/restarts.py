@@ -16,7 +16,8 @@ from megagpt.plan import RunConfig
 from megagpt.storage import Location, RemotePath, location
 from megagpt.storage.steps import step_folders, step_of
 from megagpt.supervise.beats import FOLDER, BeatFolder, Verdict
-from megagpt.supervise.exclusion import ask, keep_off
+from megagpt.supervise.exclusion import ask, followers, keep_off
+from megagpt.supervise.watchdog import EXIT_CODE
 
 RECORD = "restarts.jsonl"
 
@@ -83,20 +84,23 @@ def end(
     run: RunConfig,
     most_idle: int,
     status: int,
+    may_requeue: bool = True,
     environ: Mapping[str, str] = os.environ,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Have the job started again if that may help.
+    """Have the job started again if that may help, or see to the next job of its chain.
 
     Args:
         run: the run config.
         most_idle: as for `begin`.
         status: exit status of the ranks.
+        may_requeue: whether the job may be queued again; the rest of its chain goes on if not.
         environ: of the batch file.
         say: told what is done.
 
     Returns:
-        Exit status for the batch file.
+        Exit status for the batch file: not 0 if the run is not finished and nothing goes on by itself, for jobs that
+        depend on it.
     """
     step = newest_step(run)
     if run.checkpoint.directory is None:
@@ -107,16 +111,25 @@ def end(
     if status == MegagptError.exit_code:
         say("not started again: the error is one to be mended")
         return status
-    job = environ.get("SLURM_JOB_ID")
+    job, unfinished = environ.get("SLURM_JOB_ID"), status or EXIT_CODE
     if job is None or (ask("squeue", "--noheader", "--jobs", job, "--format=%T") or "").strip() != "RUNNING":
         say("not started again: the job was cancelled, or is none of Slurm's")
-        return status
+        return unfinished
+    bad = _bad_hosts(run, environ)
+    if not may_requeue:
+        if links := followers(job, ended_well=status == 0):
+            say(f"job {links[0]} goes on from step {step:,}{_without(bad, links)}")
+            return status
+        say(f"the run has come to step {step:,} of {run.training.steps:,}; submit it again, and it goes on from there")
+        return unfinished
     idle = _idle_starts(location(run.checkpoint.directory) / RECORD, _chain(environ), step)
     if idle >= most_idle:
         say(f"not started again: {idle} starts in a row have not got beyond step {step:,}")
-        return status or 1
-    bad = _bad_hosts(run, environ)
-    ask("scontrol", "requeue", job)  # Slurm waits for this process to end, and only now lets the nodes be changed
+        return unfinished
+    # Slurm waits for this process to end, and only from now on lets the nodes be changed.
+    if ask("scontrol", "requeue", job) is None:
+        say(f"Slurm does not queue job {job} again, as printed above; submit it again: it goes on from step {step:,}")
+        return unfinished
     say(f"job {job} is queued again and goes on from step {step:,}{_without(bad, [job])}")
     return 0
 

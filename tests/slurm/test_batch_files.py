@@ -35,7 +35,12 @@ RUN = {
 # Stand-ins write down how they were called; srun goes on to the command after its own options if SRUN_RUNS is set.
 STUBS = {
     "python": f'PYTHONPATH={ROOT} exec {sys.executable} "$@"',  # the code beside these tests, wherever it is installed
-    "scontrol": 'echo "scontrol $*" >>calls; seq -f "node%g" "${NUM_HOSTS:-2}"',
+    "scontrol": """
+        echo "scontrol $*" >>calls
+        # Slurm has a job that it queues again end: here the batch file, whose python has called this.
+        if [[ $1 == requeue ]]; then kill "$(cut -d ' ' -f 4 "/proc/$PPID/stat")"; exit; fi
+        seq -f "node%g" "${NUM_HOSTS:-2}" """,
+    "squeue": "if [[ $* == *--jobs* ]]; then echo RUNNING; fi",
     "srun": """
         if [[ $1 == --help ]]; then echo "${SRUN_HELP:-}"; exit; fi
         echo srun >>calls
@@ -185,6 +190,25 @@ def test_many_hosts_do_not_break_the_pipe(folder: Path) -> None:
 @pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)
 def test_the_job_fails_as_its_ranks_do(folder: Path, path: Path) -> None:
     assert submit(folder, path, *ARGUMENTS[path], SRUN_EXITS="7").returncode == 7
+
+
+UNFINISHED = ("run.yaml", "ds.json", "checkpoint.directory=runs", "training.steps=9")
+
+
+@pytest.mark.parametrize("path", [PRETRAIN, DEEPSPEED], ids=lambda path: path.stem)
+def test_an_unfinished_run_is_queued_again_for_which_the_batch_file_outlives_a_signal(folder: Path, path: Path) -> None:
+    result = submit(folder, path, *UNFINISHED)
+    assert result.returncode == 0, result.stderr
+    assert "job 123456 is queued again and goes on from step 0\n" in result.stdout
+    assert calls(folder)[-1] == "scontrol requeue 123456"
+
+
+@pytest.mark.parametrize("path", [PRETRAIN, DEEPSPEED], ids=lambda path: path.stem)
+def test_an_unfinished_run_that_nobody_goes_on_with_ends_in_an_error(folder: Path, path: Path) -> None:
+    result = submit(folder, path, *UNFINISHED, REQUEUE="no")
+    assert result.returncode == 75, result.stderr
+    assert "the run has come to step 0 of 9; submit it again, and it goes on from there\n" in result.stdout
+    assert calls(folder)[-1] == "srun"
 
 
 @pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)

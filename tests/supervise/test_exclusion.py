@@ -3,7 +3,7 @@
 import pytest
 
 from megagpt.supervise import exclusion
-from megagpt.supervise.exclusion import keep_off
+from megagpt.supervise.exclusion import followers, keep_off
 
 GPU = "8|64000|gpu:a100:4(S:0-1)"
 
@@ -16,11 +16,14 @@ class Slurm:
         self.job = {"Partition": "main", "ExcNodeList": "(null)", "Features": "(null)", "NumNodes": "2"}
         self.updates: list[str] = []
         self.refuses = False
+        self.queue = ""
 
     def ask(self, *command: str) -> str | None:
         if command[0] == "sinfo":
             is_ours = "--partition=main" in command
             return "".join(f"{name}|{rest}\n" for name, rest in self.nodes.items() if is_ours)
+        if command[0] == "squeue":
+            return self.queue
         if command[1] == "update":
             self.updates += [command[-1]]
             return None if self.refuses else ""
@@ -107,3 +110,21 @@ def test_a_node_that_slurm_calls_otherwise_or_that_is_asked_for_stays(slurm: Slu
 def test_what_slurm_refuses_is_told(slurm: Slurm) -> None:
     slurm.refuses = True
     assert keep_off("7", ["node2"]) == "scontrol refuses to leave them out, as printed above"
+
+
+def test_the_rest_of_a_chain_is_told_from_what_else_waits_for_it(slurm: Slurm) -> None:
+    ours = "/repo/slurm/pretrain.sbatch run.yaml ds.json data.split=[90, 10, 0] a=b|c"
+    slurm.queue = f"""
+        7|(null)|{ours}
+        8|afterany:7(unfulfilled)|{ours}
+        9|afterany:8(unfulfilled)|{ours}
+        10|afterok:9(unfulfilled)|/repo/slurm/evaluate.sbatch runs found.json
+        11|afterany:7(unfulfilled)|/repo/slurm/pretrain.sbatch tune.yaml ds.json
+        12|afterany:77(unfulfilled)|{ours}
+        13|(null)|{ours}
+        """
+    assert followers("7", ended_well=True) == followers("7", ended_well=False) == ["8", "9"]
+    slurm.queue = slurm.queue.replace("afterany:", "afterok:")
+    assert followers("7", ended_well=True) == ["8", "9"]
+    assert followers("7", ended_well=False) == [], "Slurm takes them away"
+    assert followers("70", ended_well=True) == []

@@ -21,11 +21,11 @@ MODEL = {
 }
 NODES = "".join(f"node{number}|idle|8|64000|gpu:4|(null)\\n" for number in (1, 2, 3))
 STAND_INS = {
-    "squeue": 'echo "${JOB_STATE:-RUNNING}"',
+    "squeue": 'if [[ $* == *--user* ]]; then printf "%b" "${QUEUE:-}"; else echo "${JOB_STATE:-RUNNING}"; fi',
     "sinfo": 'printf "%b" "$NODES"',
     "scontrol": """
         if [[ $1 == update ]]; then echo "$@" >>updated; exit; fi
-        if [[ $1 == requeue ]]; then echo "$@" >>requeued; exit; fi
+        if [[ $1 == requeue ]]; then echo "$@" >>requeued; exit "${REFUSES:-0}"; fi
         if [[ $* == *hostnames* ]]; then echo "${@: -1}" | tr , '\\n'; exit; fi
         echo "JobId=77 JobName=mega Partition=main ReqNodeList=(null) ExcNodeList=(null) NumNodes=2" \\
           "Features=(null) Command=/repo/slurm/pretrain.sbatch run.yaml ds.json data.split=[90, 10, 0]" """,
@@ -61,10 +61,10 @@ class Job:
         return path.read_text().splitlines() if path.exists() else []
 
 
-def ended(run, most_idle: int, status: int, environ) -> tuple[int, str]:
+def ended(run, most_idle: int, status: int, environ, may_requeue: bool = True) -> tuple[int, str]:
     """Exit status and words of an end."""
     said: list[str] = []
-    return end(run, most_idle, status, environ, said.append), "".join(said)
+    return end(run, most_idle, status, may_requeue, environ, said.append), "".join(said)
 
 
 @pytest.fixture
@@ -88,6 +88,34 @@ def test_a_stopped_run_is_queued_again_and_a_finished_one_is_not(job: Job) -> No
     job.save(10)
     assert ended(job.run, 3, 0, job.environ) == (0, "the run is finished at step 10")
     assert len(job.said("requeued")) == 1
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, 75), (75, 75), (1, 1)])
+def test_jobs_that_depend_on_it_do_not_take_an_unfinished_run_for_finished(
+    job: Job, monkeypatch: pytest.MonkeyPatch, status: int, expected: int
+) -> None:
+    begin(job.run, 3, job.environ)
+    job.save(4)
+    words = "the run has come to step 4 of 10; submit it again, and it goes on from there"
+    assert ended(job.run, 3, status, job.environ, may_requeue=False) == (expected, words)
+    assert job.said("requeued") == []
+    monkeypatch.setenv("REFUSES", "1")
+    words = "Slurm does not queue job 77 again, as printed above; submit it again: it goes on from step 4"
+    assert ended(job.run, 3, status, job.environ) == (expected, words)
+    monkeypatch.setenv("JOB_STATE", "COMPLETING")
+    assert ended(job.run, 3, status, job.environ)[0] == expected
+
+
+def test_a_chain_goes_on_without_the_node_that_failed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = ("77|(null)|p a", "78|afterany:77(unfulfilled)|p a", "79|afterany:78(unfulfilled)|p a")
+    monkeypatch.setenv("QUEUE", "\\n".join(waiting))
+    begin(job.run, 3, job.environ)
+    job.save(4)
+    assert ended(job.run, 3, 0, job.environ, may_requeue=False) == (0, "job 78 goes on from step 4")
+    job.verdict("lost", ["node2"])
+    assert ended(job.run, 3, 75, job.environ, may_requeue=False) == (75, "job 78 goes on from step 4 without node2")
+    assert job.said("updated") == [f"update JobId={number} ExcNodeList=node2" for number in (78, 79)]
+    assert job.said("requeued") == []
 
 
 def test_a_crash_loop_is_bounded_whether_or_not_the_end_is_reached(job: Job) -> None:
