@@ -20,6 +20,8 @@ from megagpt.supervise.exclusion import ask, followers, keep_off
 from megagpt.supervise.watchdog import EXIT_CODE
 
 RECORD = "restarts.jsonl"
+FINISHED = 3
+"""Exit status for a batch file that has nothing to start."""
 
 
 class Start(BaseModel):
@@ -42,6 +44,11 @@ def newest_step(run: RunConfig) -> int:
         return 0
     whole = (folder for folder in step_folders(directory) if (folder / "manifest.sha256").exists())
     return next(map(step_of, whole), 0)
+
+
+def is_finished(run: RunConfig) -> bool:
+    """Whether the newest checkpoint is that of the last step, as a later job of a chain may find."""
+    return newest_step(run) >= run.training.steps
 
 
 def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.environ) -> str:
@@ -105,7 +112,7 @@ def end(
     step = newest_step(run)
     if run.checkpoint.directory is None:
         return status
-    if status == 0 and step >= run.training.steps:
+    if status == 0 and is_finished(run):
         say(f"the run is finished at step {step:,}")
         return 0
     if status == MegagptError.exit_code:

@@ -211,6 +211,24 @@ def test_an_unfinished_run_that_nobody_goes_on_with_ends_in_an_error(folder: Pat
     assert calls(folder)[-1] == "srun"
 
 
+@pytest.mark.parametrize("path", [PRETRAIN, DEEPSPEED], ids=lambda path: path.stem)
+def test_a_finished_run_is_not_started_again_as_often_as_one_asks(folder: Path, path: Path) -> None:
+    (folder / "checkpoints" / "step-00000003" / "manifest.sha256").touch()
+    for _ in range(2):
+        result = submit(folder, path, "run.yaml", "ds.json", "checkpoint.directory=checkpoints", MAX_IDLE_STARTS="1")
+        assert result.returncode == 0, result.stderr
+        assert "the run is finished already\n" in result.stdout
+    assert calls(folder) == []
+
+
+@pytest.mark.parametrize("path", [PRETRAIN, DEEPSPEED], ids=lambda path: path.stem)
+def test_a_job_that_does_not_get_on_is_not_started(folder: Path, path: Path) -> None:
+    result = submit(folder, path, *UNFINISHED, MAX_IDLE_STARTS="0")
+    assert result.returncode == 2
+    assert "the last 0 starts of this job all began at step 0" in result.stderr
+    assert calls(folder) == []
+
+
 @pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)
 def test_a_wrong_call_explains_itself(folder: Path, path: Path) -> None:
     missing = submit(folder, path, "only_one")
