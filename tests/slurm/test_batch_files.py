@@ -204,9 +204,12 @@ def test_an_unfinished_run_is_queued_again_for_which_the_batch_file_outlives_a_s
 
 
 @pytest.mark.parametrize("path", [PRETRAIN, DEEPSPEED], ids=lambda path: path.stem)
-def test_an_unfinished_run_that_nobody_goes_on_with_ends_in_an_error(folder: Path, path: Path) -> None:
-    result = submit(folder, path, *UNFINISHED, REQUEUE="no")
-    assert result.returncode == 75, result.stderr
+@pytest.mark.parametrize(("ranks", "status"), [("0", 75), ("7", 7)])
+def test_an_unfinished_run_ends_in_an_error_if_it_is_not_queued_again(
+    folder: Path, path: Path, ranks: str, status: int
+) -> None:
+    result = submit(folder, path, *UNFINISHED, SRUN_EXITS=ranks, REQUEUE="no")
+    assert result.returncode == status, result.stderr
     assert "the run has come to step 0 of 9; submit it again, and it goes on from there\n" in result.stdout
     assert calls(folder)[-1] == "srun"
 
@@ -221,12 +224,12 @@ def test_a_finished_run_is_not_started_again_as_often_as_one_asks(folder: Path, 
     assert calls(folder) == []
 
 
-@pytest.mark.parametrize("path", [PRETRAIN, DEEPSPEED], ids=lambda path: path.stem)
-def test_a_job_that_does_not_get_on_is_not_started(folder: Path, path: Path) -> None:
-    result = submit(folder, path, *UNFINISHED, MAX_IDLE_STARTS="0")
-    assert result.returncode == 2
-    assert "the last 0 starts of this job all began at step 0" in result.stderr
-    assert calls(folder) == []
+def test_what_would_not_help_is_not_started_again(folder: Path) -> None:
+    result = submit(folder, PRETRAIN, *UNFINISHED, SRUN_EXITS="2")
+    assert (result.returncode, "not started again: the error is one to be mended\n" in result.stdout) == (2, True)
+    result = submit(folder, PRETRAIN, *UNFINISHED, MAX_IDLE_STARTS="1")
+    assert (result.returncode, calls(folder)[-1]) == (2, "srun")
+    assert "the last 1 starts of this job all began at step 0" in result.stderr
 
 
 @pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)
@@ -321,14 +324,6 @@ def test_a_conversion_is_one_task(folder: Path) -> None:
         *("--nodes=1", "--ntasks=1", "--kill-on-bad-exit=1", "python", "-u", "tools/convert_to_hf.py"),
         *("--checkpoint", "checkpoints", "--output", "hf", "--workers", "2", "--dtype", "bfloat16"),
     ]
-
-
-def test_a_job_of_a_chain_leaves_the_rest_to_the_next_one(folder: Path) -> None:
-    saving = ("run.yaml", "ds.json", "checkpoint.directory=saves")
-    told = submit(folder, PRETRAIN, *saving, SRUN_EXITS="2")
-    assert (told.returncode, "not started again" in told.stdout) == (2, True)
-    told = submit(folder, PRETRAIN, *saving, SRUN_EXITS="7", REQUEUE="no")
-    assert (told.returncode, "started again" in told.stdout + told.stderr) == (7, False)
 
 
 def test_a_taken_port_is_passed_over(folder: Path) -> None:
