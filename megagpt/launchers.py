@@ -5,6 +5,7 @@ No torch. Where the ranks meet is found out by `parallel/launch.py`, how they sh
 """
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -37,6 +38,16 @@ _NEEDED = {"srun": "SLURM_STEP_ID", "mpirun (MPICH)": "MPI_LOCALRANKID"}
 """Without it the variables belong to something else: a batch script, or srun's PMI plugin."""
 
 
+_LOCAL_SIZES = (
+    ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE"),
+    ("LOCAL_WORLD_SIZE", "WORLD_SIZE"),  # torchrun
+    ("LOCAL_SIZE", "WORLD_SIZE"),  # deepspeed
+    ("MV2_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_SIZE"),
+    ("MPI_LOCALNRANKS", "PMI_SIZE"),
+)
+"""Ranks of this host and of the job."""
+
+
 def find_place(environ: Mapping[str, str] = os.environ, with_local_rank: bool = True) -> Place | None:
     """Rank, local rank and number of ranks from the launcher's variables; None: no launcher has started this process.
 
@@ -59,6 +70,29 @@ def find_place(environ: Mapping[str, str] = os.environ, with_local_rank: bool = 
             _refuse_exported_ranks(environ, rank, world_size)
         return Place(launcher, rank, world_size, local_rank)
     return None
+
+
+def host_name(environ: Mapping[str, str] = os.environ) -> str:
+    """This host's name: Slurm's if that has started this process, as its commands may not know the host's own.
+
+    Not under mpirun: MPICH's gives the ranks of all hosts the variables of the first one.
+
+    Args:
+        environ: variables of this process.
+    """
+    keys = (_NEEDED.get(launcher, key) for launcher, key, *_ in _LAUNCHERS if launcher.startswith("mpirun"))
+    told = None if any(key in environ for key in keys) else environ.get("SLURMD_NODENAME")
+    return told or socket.gethostname()
+
+
+def spans_hosts(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the ranks are known to be on several hosts."""
+    if environ.get("WORLD_SIZE") == "1":  # a process without a launcher, in whatever allocation
+        return False
+    for local, whole in _LOCAL_SIZES:
+        if local in environ and whole in environ:
+            return environ[local] != environ[whole]
+    return environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1")) != "1"
 
 
 def number(environ: Mapping[str, str], key: str, launcher: str) -> int:

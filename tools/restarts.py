@@ -4,8 +4,9 @@
     python tools/restarts.py end --status 0 --config run.yaml [key=value ...]
 
 `begin` refuses a job that was started several times without getting beyond the same checkpoint, and tells what has
-ended the start before, if its ranks knew. `end` has the job
-queued again if it was stopped before its last step or has crashed, without the node that failed if there are others.
+ended the start before, if its ranks knew; its exit status is 3 if the run is finished already. `end` has the job queued
+again if it was stopped before its last step or has crashed, without the node that failed if there are others; with
+`--requeue no` the next job of a chain goes on instead.
 """
 
 import argparse
@@ -23,11 +24,16 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="run config (YAML)")
     parser.add_argument("--most-idle", type=int, default=3, help="starts in a row without a new checkpoint (3)")
     parser.add_argument("--status", type=int, default=0, help="exit status of the ranks")
+    parser.add_argument("--requeue", default="yes", help="no: never queue the job again (yes)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the run config")
     args = parser.parse_intermixed_args()
     run = load_run_config(args.config, args.overrides)
     if args.moment == "end":
-        return restarts.end(run, args.most_idle, args.status, say=functools.partial(print, flush=True))
+        say = functools.partial(print, flush=True)
+        return restarts.end(run, args.most_idle, args.status, args.requeue != "no", say=say)
+    if restarts.is_finished(run):
+        print("the run is finished already")
+        return restarts.FINISHED
     if words := restarts.begin(run, args.most_idle):
         print(words)
     return 0

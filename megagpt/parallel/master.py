@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from megagpt.errors import LaunchError
 from megagpt.launchers import number
-from megagpt.parallel.interface import addresses
+from megagpt.parallel.interface import addresses, outer_address
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 29500
@@ -124,7 +124,8 @@ def _own_address() -> str:
         address = socket.gethostbyname(socket.gethostname())
         if not address.startswith("127."):
             return address
-    return next((address for address in addresses().values() if not address.startswith("127.")), LOOPBACK)
+    others = (address for address in addresses().values() if not address.startswith("127."))
+    return outer_address() or next(others, LOOPBACK)
 
 
 def _port(environ: Mapping[str, str], launcher: str) -> int:

@@ -4,7 +4,6 @@ ZeRO gives every rank the same updated weights, so that a difference before the 
 transfer.
 """
 
-import socket
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megagpt.launchers import host_name
 from megagpt.parallel.ranks import Ranks
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -33,7 +33,7 @@ def differing_replicas(parameters: Mapping[str, Any], ranks: Ranks) -> tuple[str
         found = _differences(shared, ranks)
     if not ranks.any(bool(found)):
         return None
-    hosts = ranks.gather_objects((socket.gethostname(), found))
+    hosts = ranks.gather_objects((host_name(), found))
     named = dict.fromkeys((name, tuple(odd)) for _, part in hosts for name, odd in part)
     odd_ranks = sorted({rank for _, odd in named for rank in odd})
     where = ", ".join(f"rank {rank} on {hosts[rank][0]}" for rank in odd_ranks)

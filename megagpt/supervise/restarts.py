@@ -5,7 +5,6 @@ outlives jobs, nodes and this process.
 """
 
 import os
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,8 +16,12 @@ from megagpt.plan import RunConfig
 from megagpt.storage import Location, RemotePath, location
 from megagpt.storage.steps import step_folders, step_of
 from megagpt.supervise.beats import FOLDER, BeatFolder, Verdict
+from megagpt.supervise.exclusion import ask, followers, keep_off
+from megagpt.supervise.watchdog import EXIT_CODE
 
 RECORD = "restarts.jsonl"
+FINISHED = 3
+"""Exit status for a batch file that has nothing to start."""
 
 
 class Start(BaseModel):
@@ -41,6 +44,11 @@ def newest_step(run: RunConfig) -> int:
         return 0
     whole = (folder for folder in step_folders(directory) if (folder / "manifest.sha256").exists())
     return next(map(step_of, whole), 0)
+
+
+def is_finished(run: RunConfig) -> bool:
+    """Whether the newest checkpoint is that of the last step, as a later job of a chain may find."""
+    return newest_step(run) >= run.training.steps
 
 
 def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.environ) -> str:
@@ -83,45 +91,62 @@ def end(
     run: RunConfig,
     most_idle: int,
     status: int,
+    may_requeue: bool = True,
     environ: Mapping[str, str] = os.environ,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Have the job started again if that may help.
+    """Have the job started again if that may help, or see to the next job of its chain.
 
     Args:
         run: the run config.
         most_idle: as for `begin`.
         status: exit status of the ranks.
+        may_requeue: whether the job may be queued again; the rest of its chain goes on if not.
         environ: of the batch file.
-        say: told what is done, before Slurm ends this process with the job that is queued again.
+        say: told what is done.
 
     Returns:
-        Exit status for the batch file.
+        Exit status for the batch file: not 0 if the run is not finished and nothing goes on by itself, for jobs that
+        depend on it.
     """
     step = newest_step(run)
     if run.checkpoint.directory is None:
         return status
-    if status == 0 and step >= run.training.steps:
+    if status == 0 and is_finished(run):
         say(f"the run is finished at step {step:,}")
         return 0
     if status == MegagptError.exit_code:
         say("not started again: the error is one to be mended")
         return status
-    job = environ.get("SLURM_JOB_ID")
-    if job is None or _ask("squeue", "--noheader", "--jobs", job, "--format=%T").strip() != "RUNNING":
+    job, unfinished = environ.get("SLURM_JOB_ID"), status or EXIT_CODE
+    if job is None or (ask("squeue", "--noheader", "--jobs", job, "--format=%T") or "").strip() != "RUNNING":
         say("not started again: the job was cancelled, or is none of Slurm's")
-        return status
+        return unfinished
+    bad = _bad_hosts(run, environ)
+    if not may_requeue:
+        if links := followers(job, ended_well=status == 0):
+            say(f"job {links[0]} goes on from step {step:,}{_without(bad, links)}")
+            return status
+        say(f"the run has come to step {step:,} of {run.training.steps:,}; submit it again, and it goes on from there")
+        return unfinished
     idle = _idle_starts(location(run.checkpoint.directory) / RECORD, _chain(environ), step)
     if idle >= most_idle:
         say(f"not started again: {idle} starts in a row have not got beyond step {step:,}")
-        return status or 1
-    bad = _bad_hosts(run, environ)
-    if bad and (replaced := _resubmit(job, bad, environ)) is not None:
-        say(f"{replaced} goes on from step {step:,} without {', '.join(bad)}")
-        return 0
-    say(f"job {job} is queued again and goes on from step {step:,}")
-    _ask("scontrol", "requeue", job)
+        return unfinished
+    # Slurm waits for this process to end, and only from now on lets the nodes be changed.
+    if ask("scontrol", "requeue", job) is None:
+        say(f"Slurm does not queue job {job} again, as printed above; submit it again: it goes on from step {step:,}")
+        return unfinished
+    say(f"job {job} is queued again and goes on from step {step:,}{_without(bad, [job])}")
     return 0
+
+
+def _without(bad: list[str], jobs: list[str]) -> str:
+    """Have jobs start without some nodes; in words that continue a sentence about them."""
+    reasons = [keep_off(job, bad) for job in jobs] if bad else []
+    if reason := next(filter(None, reasons), ""):
+        return f"; {', '.join(bad)} may be among its nodes again: {reason}"
+    return f" without {', '.join(bad)}" if bad else ""
 
 
 def _chain(environ: Mapping[str, str]) -> str:
@@ -174,45 +199,3 @@ def _verdict_of_last_start(run: RunConfig) -> Verdict | None:
 
 def _blames_host(verdict: Verdict) -> bool:
     return verdict.kind in ("lost", "stuck", "unreliable") or "CUDA error" in verdict.text
-
-
-def _resubmit(job: str, bad: list[str], environ: Mapping[str, str]) -> str | None:
-    """Submit the same job without some nodes; None if there are not enough others.
-
-    Slurm changes the nodes of a job only while it is pending, which a running one becomes after this process.
-    """
-    fields = dict(part.partition("=")[::2] for part in _ask("scontrol", "--oneliner", "show", "job", job).split())
-    command = _ask("scontrol", "--oneliner", "show", "job", job).partition(" Command=")[2].partition(" WorkDir=")[0]
-    excluded = sorted({*bad, *_hosts(fields.get("ExcNodeList", ""))})
-    usable = _ask("sinfo", "--noheader", "--Node", "--states=idle,mixed,allocated", "--format=%N", "--partition",
-                  fields.get("Partition", "")).split()  # fmt: skip
-    if len(set(usable) - set(excluded)) < int(environ.get("SLURM_NNODES", "1")) or not command:
-        return None
-    # Not beside the old job, which Slurm itself starts again if it finds the node lost before this process has ended.
-    options = [f"--exclude={','.join(excluded)}", f"--nodes={environ.get('SLURM_NNODES', '1')}",
-               f"--dependency=afterany:{job}"]  # fmt: skip
-    for option, field in (("time", "TimeLimit"), ("partition", "Partition"), ("account", "Account"), ("qos", "QOS"),
-                          ("job-name", "JobName"), ("output", "StdOut"), ("chdir", "WorkDir")):  # fmt: skip
-        if fields.get(field, "(null)") not in ("(null)", "N/A", ""):
-            options.append(f"--{option}={fields[field]}")
-    for option, variable in (("gpus-per-node", "SLURM_GPUS_PER_NODE"), ("ntasks-per-node", "SLURM_NTASKS_PER_NODE"),
-                             ("cpus-per-task", "SLURM_CPUS_PER_TASK")):  # fmt: skip
-        if environ.get(variable):
-            options.append(f"--{option}={environ[variable]}")
-    variables = {**environ, "MEGAGPT_CHAIN": _chain(environ)}
-    told = _ask("sbatch", "--parsable", *options, *command.split(), environ=variables).strip()
-    if told:
-        _ask("scontrol", "update", f"JobId={job}", "Requeue=0")
-    return f"job {told}" if told else None
-
-
-def _hosts(text: str) -> list[str]:
-    return [] if text in ("", "(null)") else _ask("scontrol", "show", "hostnames", text).split()
-
-
-def _ask(*command: str, environ: Mapping[str, str] | None = None) -> str:
-    """What one of Slurm's commands prints; nothing if it fails, as its words go to stderr by themselves."""
-    try:
-        return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True, env=environ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""

@@ -10,7 +10,6 @@ import contextlib
 import faulthandler
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megagpt.errors import MegagptError, RankError
+from megagpt.launchers import host_name
 from megagpt.supervise.beats import Beat, BeatFolder, Verdict, process_start, process_state
 from megagpt.supervise.pulse import SLOW_PHASES, Phase, Pulse
 from megagpt.supervise.verdict import Condition, Seen, describe_lost, explain
@@ -79,7 +79,7 @@ class Watchdog:
         self.folder, self.place, self.limits = folder, place, limits
         self.pulse = Pulse()
         self._say, self._leave = say, leave
-        self._host, self._pid = socket.gethostname(), os.getpid()
+        self._host, self._pid = host_name(), os.getpid()
         self._pid_started = process_start(self._pid)
         self._number, self._last_beat, self._where = 0, 0.0, ""
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> its last number, and when it was new

@@ -145,16 +145,10 @@ class Drill:
 
     def state(self) -> str:
         """Of the job that has the run now."""
-        self._follow()
         return self.cluster.state(self.job)
 
     def _has_left(self, job: str, restarts: int) -> bool:
-        return self.state() != "RUNNING" or self.job != job or self.cluster.restarts(job) > restarts
-
-    def _follow(self) -> None:
-        replaced = re.findall(r"^job (\d+) goes on", self.output(), re.MULTILINE)
-        if replaced and int(replaced[-1]) > int(self.job):
-            self.job = replaced[-1]
+        return self.cluster.state(job) != "RUNNING" or self.cluster.restarts(job) > restarts
 
     def _until(self, condition: Callable[[], object], seconds: float, what: str) -> None:
         deadline = time.monotonic() + seconds

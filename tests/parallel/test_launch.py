@@ -1,8 +1,11 @@
 """Ranks as each launcher gives them."""
 
+import socket
+
 import pytest
 
 from megagpt.errors import LaunchError
+from megagpt.launchers import host_name
 from megagpt.parallel.launch import detect_launch, free_port
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
@@ -118,7 +121,22 @@ def test_what_torch_reads_is_set():
 
 
 def test_free_ports_can_be_listened_on():
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", free_port()))
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, "node7.cluster.example"),
+        ({**SRUN, "SLURMD_NODENAME": "node7"}, "node7"),
+        ({**SRUN, **TORCHRUN, "SLURMD_NODENAME": "node7"}, "node7"),
+        ({"PMI_RANK": "5", "PMI_SIZE": "8", **SRUN, "SLURMD_NODENAME": "node7"}, "node7"),
+        # its first host's, in all ranks; RANK as we have set it
+        ({**MPICH, **SRUN, "RANK": "6", "SLURMD_NODENAME": "node1"}, "node7.cluster.example"),
+    ],
+    ids=["no Slurm", "srun", "torchrun in Slurm", "srun with PMI", "MPICH in Slurm"],
+)
+def test_a_host_is_called_as_slurm_calls_it(monkeypatch, environ, expected):
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7.cluster.example")
+    assert host_name(environ) == expected

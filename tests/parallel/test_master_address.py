@@ -178,7 +178,10 @@ def test_mpirun_over_hosts_asks_mpi_where_it_can(monkeypatch: pytest.MonkeyPatch
 
 def test_the_own_address_is_one_that_other_hosts_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(master, "addresses", lambda: {"lo": "127.0.0.1", "eth0": "10.0.0.5"})
+    monkeypatch.setattr(master, "outer_address", lambda: None)
     monkeypatch.setattr(master.socket, "gethostbyname", lambda name: "127.0.1.1")
     assert master._own_address() == "10.0.0.5"
+    monkeypatch.setattr(master, "outer_address", lambda: "10.2.0.5")
+    assert master._own_address() == "10.2.0.5"
     monkeypatch.setattr(master.socket, "gethostbyname", lambda name: "10.1.0.5")
     assert master._own_address() == "10.1.0.5"

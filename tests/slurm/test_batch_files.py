@@ -35,7 +35,12 @@ RUN = {
 # Stand-ins write down how they were called; srun goes on to the command after its own options if SRUN_RUNS is set.
 STUBS = {
     "python": f'PYTHONPATH={ROOT} exec {sys.executable} "$@"',  # the code beside these tests, wherever it is installed
-    "scontrol": 'echo "scontrol $*" >>calls; seq -f "node%g" "${NUM_HOSTS:-2}"',
+    "scontrol": """
+        echo "scontrol $*" >>calls
+        # Slurm has a job that it queues again end: here the batch file, whose python has called this.
+        if [[ $1 == requeue ]]; then kill "$(cut -d ' ' -f 4 "/proc/$PPID/stat")"; exit; fi
+        seq -f "node%g" "${NUM_HOSTS:-2}" """,
+    "squeue": "if [[ $* == *--jobs* ]]; then echo RUNNING; fi",
     "srun": """
         if [[ $1 == --help ]]; then echo "${SRUN_HELP:-}"; exit; fi
         echo srun >>calls
@@ -187,6 +192,46 @@ def test_the_job_fails_as_its_ranks_do(folder: Path, path: Path) -> None:
     assert submit(folder, path, *ARGUMENTS[path], SRUN_EXITS="7").returncode == 7
 
 
+UNFINISHED = ("run.yaml", "ds.json", "checkpoint.directory=runs", "training.steps=9")
+
+
+@pytest.mark.parametrize("path", [PRETRAIN, DEEPSPEED], ids=lambda path: path.stem)
+def test_an_unfinished_run_is_queued_again_for_which_the_batch_file_outlives_a_signal(folder: Path, path: Path) -> None:
+    result = submit(folder, path, *UNFINISHED)
+    assert result.returncode == 0, result.stderr
+    assert "job 123456 is queued again and goes on from step 0\n" in result.stdout
+    assert calls(folder)[-1] == "scontrol requeue 123456"
+
+
+@pytest.mark.parametrize("path", [PRETRAIN, DEEPSPEED], ids=lambda path: path.stem)
+@pytest.mark.parametrize(("ranks", "status"), [("0", 75), ("7", 7)])
+def test_an_unfinished_run_ends_in_an_error_if_it_is_not_queued_again(
+    folder: Path, path: Path, ranks: str, status: int
+) -> None:
+    result = submit(folder, path, *UNFINISHED, SRUN_EXITS=ranks, REQUEUE="no")
+    assert result.returncode == status, result.stderr
+    assert "the run has come to step 0 of 9; submit it again, and it goes on from there\n" in result.stdout
+    assert calls(folder)[-1] == "srun"
+
+
+@pytest.mark.parametrize("path", [PRETRAIN, DEEPSPEED], ids=lambda path: path.stem)
+def test_a_finished_run_is_not_started_again_as_often_as_one_asks(folder: Path, path: Path) -> None:
+    (folder / "checkpoints" / "step-00000003" / "manifest.sha256").touch()
+    for _ in range(2):
+        result = submit(folder, path, "run.yaml", "ds.json", "checkpoint.directory=checkpoints", MAX_IDLE_STARTS="1")
+        assert result.returncode == 0, result.stderr
+        assert "the run is finished already\n" in result.stdout
+    assert calls(folder) == []
+
+
+def test_what_would_not_help_is_not_started_again(folder: Path) -> None:
+    result = submit(folder, PRETRAIN, *UNFINISHED, SRUN_EXITS="2")
+    assert (result.returncode, "not started again: the error is one to be mended\n" in result.stdout) == (2, True)
+    result = submit(folder, PRETRAIN, *UNFINISHED, MAX_IDLE_STARTS="1")
+    assert (result.returncode, calls(folder)[-1]) == (2, "srun")
+    assert "the last 1 starts of this job all began at step 0" in result.stderr
+
+
 @pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)
 def test_a_wrong_call_explains_itself(folder: Path, path: Path) -> None:
     missing = submit(folder, path, "only_one")
@@ -279,14 +324,6 @@ def test_a_conversion_is_one_task(folder: Path) -> None:
         *("--nodes=1", "--ntasks=1", "--kill-on-bad-exit=1", "python", "-u", "tools/convert_to_hf.py"),
         *("--checkpoint", "checkpoints", "--output", "hf", "--workers", "2", "--dtype", "bfloat16"),
     ]
-
-
-def test_a_job_of_a_chain_leaves_the_rest_to_the_next_one(folder: Path) -> None:
-    saving = ("run.yaml", "ds.json", "checkpoint.directory=saves")
-    told = submit(folder, PRETRAIN, *saving, SRUN_EXITS="2")
-    assert (told.returncode, "not started again" in told.stdout) == (2, True)
-    told = submit(folder, PRETRAIN, *saving, SRUN_EXITS="7", REQUEUE="no")
-    assert (told.returncode, "started again" in told.stdout + told.stderr) == (7, False)
 
 
 def test_a_taken_port_is_passed_over(folder: Path) -> None:

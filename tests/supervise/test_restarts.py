@@ -1,6 +1,6 @@
 """When a job is started again, when not, and where, seen with stand-ins for Slurm's commands."""
 
-import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,8 @@ from megagpt.errors import LaunchError
 from megagpt.plan import run_config_from_dict
 from megagpt.storage import location
 from megagpt.supervise.beats import BeatFolder, Verdict
-from megagpt.supervise.restarts import begin, end, newest_step
+from megagpt.supervise.restarts import begin, end, is_finished, newest_step
+from megagpt.supervise.watchdog import Limits, Place, Watchdog
 
 MODEL = {
     "num_layers": 1,
@@ -18,17 +19,16 @@ MODEL = {
     "vocab_size": 10,
     "max_position_embeddings": 8,
 }
+NODES = "".join(f"node{number}|idle|8|64000|gpu:4|(null)\\n" for number in (1, 2, 3))
 STAND_INS = {
-    "squeue": 'echo "${JOB_STATE:-RUNNING}"',
-    "sbatch": 'printf "%s\\n" "$@" >>submitted; echo "chain $MEGAGPT_CHAIN" >>submitted; echo 78',
-    "sinfo": "printf 'node1\\nnode2\\nnode3\\n'",
+    "squeue": 'if [[ $* == *--user* ]]; then printf "%b" "${QUEUE:-}"; else echo "${JOB_STATE:-RUNNING}"; fi',
+    "sinfo": 'printf "%b" "$NODES"',
     "scontrol": """
         if [[ $1 == update ]]; then echo "$@" >>updated; exit; fi
-        if [[ $1 == requeue ]]; then echo "$@" >>requeued; exit; fi
+        if [[ $1 == requeue ]]; then echo "$@" >>requeued; exit "${REFUSES:-0}"; fi
         if [[ $* == *hostnames* ]]; then echo "${@: -1}" | tr , '\\n'; exit; fi
-        echo "JobId=77 JobName=mega Account=(null) QOS=normal ExcNodeList=${EXCLUDED:-(null)} TimeLimit=01:00:00" \\
-          "Partition=main NumNodes=2 Command=/repo/slurm/pretrain.sbatch run.yaml ds.json a.b=3 WorkDir=/repo" \\
-          "StdErr=/repo/x.out StdOut=/repo/x.out" """,
+        echo "JobId=77 JobName=mega Partition=main ReqNodeList=(null) ExcNodeList=(null) NumNodes=2" \\
+          "Features=(null) Command=/repo/slurm/pretrain.sbatch run.yaml ds.json data.split=[90, 10, 0]" """,
 }
 
 
@@ -44,12 +44,7 @@ class Job:
             "logging": {"directory": str(folder / "logs")},
         }
         self.run = run_config_from_dict(tree)
-        self.environ = {
-            "SLURM_JOB_ID": "77",
-            "SLURM_NNODES": "2",
-            "SLURM_NTASKS_PER_NODE": "4",
-            "PATH": os.environ["PATH"],
-        }
+        self.environ = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2"}
 
     def save(self, step: int) -> None:
         path = self.folder / "checkpoints" / f"step-{step:08d}"
@@ -66,10 +61,10 @@ class Job:
         return path.read_text().splitlines() if path.exists() else []
 
 
-def ended(run, most_idle: int, status: int, environ) -> tuple[int, str]:
+def ended(run, most_idle: int, status: int, environ, may_requeue: bool = True) -> tuple[int, str]:
     """Exit status and words of an end."""
     said: list[str] = []
-    return end(run, most_idle, status, environ, said.append), "".join(said)
+    return end(run, most_idle, status, may_requeue, environ, said.append), "".join(said)
 
 
 @pytest.fixture
@@ -78,6 +73,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     for name, text in STAND_INS.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("NODES", NODES)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.chdir(tmp_path)
     return Job(tmp_path)
@@ -86,12 +82,41 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 def test_a_stopped_run_is_queued_again_and_a_finished_one_is_not(job: Job) -> None:
     begin(job.run, 3, job.environ)
     job.save(4)
-    assert newest_step(job.run) == 4
+    assert (newest_step(job.run), is_finished(job.run)) == (4, False)
     assert ended(job.run, 3, 0, job.environ) == (0, "job 77 is queued again and goes on from step 4")
     assert job.said("requeued") == ["requeue 77"]
     job.save(10)
+    assert is_finished(job.run)
     assert ended(job.run, 3, 0, job.environ) == (0, "the run is finished at step 10")
     assert len(job.said("requeued")) == 1
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, 75), (75, 75), (1, 1)])
+def test_jobs_that_depend_on_it_do_not_take_an_unfinished_run_for_finished(
+    job: Job, monkeypatch: pytest.MonkeyPatch, status: int, expected: int
+) -> None:
+    begin(job.run, 3, job.environ)
+    job.save(4)
+    words = "the run has come to step 4 of 10; submit it again, and it goes on from there"
+    assert ended(job.run, 3, status, job.environ, may_requeue=False) == (expected, words)
+    assert job.said("requeued") == []
+    monkeypatch.setenv("REFUSES", "1")
+    words = "Slurm does not queue job 77 again, as printed above; submit it again: it goes on from step 4"
+    assert ended(job.run, 3, status, job.environ) == (expected, words)
+    monkeypatch.setenv("JOB_STATE", "COMPLETING")
+    assert ended(job.run, 3, status, job.environ)[0] == expected
+
+
+def test_a_chain_goes_on_without_the_node_that_failed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = ("77|(null)|p a", "78|afterany:77(unfulfilled)|p a", "79|afterany:78(unfulfilled)|p a")
+    monkeypatch.setenv("QUEUE", "\\n".join(waiting))
+    begin(job.run, 3, job.environ)
+    job.save(4)
+    assert ended(job.run, 3, 0, job.environ, may_requeue=False) == (0, "job 78 goes on from step 4")
+    job.verdict("lost", ["node2"])
+    assert ended(job.run, 3, 75, job.environ, may_requeue=False) == (75, "job 78 goes on from step 4 without node2")
+    assert job.said("updated") == [f"update JobId={number} ExcNodeList=node2" for number in (78, 79)]
+    assert job.said("requeued") == []
 
 
 def test_a_crash_loop_is_bounded_whether_or_not_the_end_is_reached(job: Job) -> None:
@@ -130,27 +155,20 @@ def test_what_a_user_has_to_mend_or_has_cancelled_is_left_alone(
     assert words in said
 
 
-def test_the_node_that_failed_is_left_out(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_node_that_failed_is_left_out(job: Job) -> None:
     begin(job.run, 3, job.environ)
     job.verdict("lost", ["node2"])
-    assert ended(job.run, 3, 75, job.environ) == (0, "job 78 goes on from step 0 without node2")
-    assert job.said("submitted") == [
-        "--parsable",
-        "--exclude=node2",
-        "--nodes=2",
-        "--dependency=afterany:77",
-        "--time=01:00:00",
-        "--partition=main",
-        "--qos=normal",
-        "--job-name=mega",
-        "--output=/repo/x.out",
-        "--chdir=/repo",
-        "--ntasks-per-node=4",
-        *("/repo/slurm/pretrain.sbatch", "run.yaml", "ds.json", "a.b=3"),
-        "chain 77",
-    ]
-    assert job.said("requeued") == []
-    assert job.said("updated") == ["update JobId=77 Requeue=0"]  # or Slurm might start it, too
+    assert ended(job.run, 3, 75, job.environ) == (0, "job 77 is queued again and goes on from step 0 without node2")
+    assert job.said("requeued") == ["requeue 77"]
+    assert job.said("updated") == ["update JobId=77 ExcNodeList=node2"]
+
+
+def test_a_verdict_names_hosts_as_slurm_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "node2.cluster.example")
+    monkeypatch.setenv("SLURMD_NODENAME", "node2")
+    place = Place(rank=0, world_size=1, stage=0, data=0, context=0, tensor=0)
+    watchdog = Watchdog(BeatFolder(tmp_path), place, Limits(stuck=9.0), say=lambda text: None)
+    assert watchdog.failed("CUDA error: the GPU has fallen off the bus", 75).hosts == ["node2"]
 
 
 def test_the_next_start_tells_what_has_ended_the_one_before(job: Job) -> None:
@@ -161,11 +179,18 @@ def test_the_next_start_tells_what_has_ended_the_one_before(job: Job) -> None:
     assert begin(job.run, 3, job.environ) == ""  # it was another start's
 
 
-def test_without_enough_other_nodes_the_job_keeps_its_own(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_enough_other_nodes_the_job_keeps_its_own_and_says_so(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begin(job.run, 3, job.environ)
     job.verdict("lost", ["node2"])
-    monkeypatch.setenv("EXCLUDED", "node1")
-    assert ended(job.run, 3, 75, job.environ) == (0, "job 77 is queued again and goes on from step 0")
+    monkeypatch.setenv("NODES", NODES.replace("node3|idle", "node3|down*"))
+    code, said = ended(job.run, 3, 75, job.environ)
+    assert (code, said.partition("; ")[0]) == (0, "job 77 is queued again and goes on from step 0")
+    assert said.endswith(
+        "; node2 may be among its nodes again: of nodes that serve as well 1 are up, and the job needs 2"
+    )
+    assert job.said("updated") == []
 
 
 @pytest.mark.parametrize(("kind", "hosts"), [("failed", ["node2"]), ("lost", ["node1", "node2"])])
