@@ -15,6 +15,9 @@ def main() -> int:
     default = Path(__file__).with_name("LAYOUTS.md")
     parser.add_argument("--output", type=Path, default=default, help="document to write (default: tools/LAYOUTS.md)")
     parser.add_argument("--only", default="", metavar="WORDS", help="measure only the rows in whose line WORDS stand")
+    parser.add_argument(
+        "--new", action="store_true", help="measure only rows that the document lacks, and keep the others"
+    )
     parser.add_argument("--list", action="store_true", help="list the rows and stop")
     args = parser.parse_args()
 
@@ -29,7 +32,7 @@ def main() -> int:
     quiet_libraries(verbose=False)
     from megagpt.verify.table import write_table
 
-    return 0 if write_table(rows, args.output) else 1
+    return 0 if write_table(rows, args.output, args.new) else 1
 
 
 if __name__ == "__main__":

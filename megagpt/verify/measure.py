@@ -203,13 +203,14 @@ def _measure_reference(plan: Plan) -> Reference:
     reference = _run(single, torch.float32)
     exact = _run_in_fp64(single) if plan.precision == "fp32" else reference
     # Samples are cut into micro-batches in other ways: the same mathematics, rounded otherwise. The load-balancing loss
-    # is taken per micro-batch, so that it would be other mathematics.
-    sizes = [plan.microbatch_size] if plan.model.num_experts else [plan.microbatch_size, 1, plan.global_batch_size]
+    # is taken per micro-batch, and would be another one: there the weights start a fraction of a bit apart.
+    size, has_experts = plan.microbatch_size, plan.model.num_experts is not None
+    ways = [(size, 0), (size, 1), (size, 2)] if has_experts else [(size, 0), (1, 0), (plan.global_batch_size, 0)]
     others = [
         reference
-        if plan.precision == "fp32" and size == plan.microbatch_size
-        else _run(single_plan(plan, plan.precision, size), _DTYPES[plan.precision])
-        for size in dict.fromkeys(sizes)
+        if plan.precision == "fp32" and way == ways[0]
+        else _run(single_plan(plan, plan.precision, way[0]), _DTYPES[plan.precision], way[1])
+        for way in dict.fromkeys(ways)
     ]
     rounding = [_difference(other, exact) for other in others]
     return dataclasses.replace(reference, rounding=Difference(*map(max, zip(*map(astuple, rounding), strict=True))))
@@ -237,15 +238,18 @@ def _run_in_fp64(plan: Plan) -> Reference:
         torch.Tensor.float = to_fp32  # type: ignore[method-assign]
 
 
-def _run(plan: Plan, dtype: torch.dtype) -> Reference:
+def _run(plan: Plan, dtype: torch.dtype, nudge: int = 0) -> Reference:
     """Train in a plain torch loop; in 16 bits with fp32 master weights and sums of gradients, as the engines do.
 
     Args:
         plan: for one rank.
         dtype: of the weights in the forward and backward passes.
+        nudge: seed of a change of the first weights, by at most an eighth of what rounding to `dtype` changes; 0: none.
     """
     model = GPT(plan)
     initialize_weights(named_parameters(model, plan), plan, 0)
+    if nudge:
+        _nudge(model, torch.finfo(dtype).eps / 16, nudge)
     model.to(dtype)
     parameters = list(model.parameters())
     masters = parameters if dtype.itemsize > 2 else [nn.Parameter(parameter.float()) for parameter in parameters]
@@ -276,6 +280,12 @@ def _run(plan: Plan, dtype: torch.dtype) -> Reference:
     last = _weights(names, masters, plan)
     distance = float(np.sqrt(sum(np.square(last[name] - first[name]).sum() for name in last)))
     return Reference(losses, norms, last, distance)
+
+
+def _nudge(model: GPT, share: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data *= 1 + share * (2 * torch.rand(parameter.shape, generator=generator, dtype=torch.float64) - 1)
 
 
 def _loss(model: GPT, plan: Plan, batch: PreparedBatch) -> Tensor:
