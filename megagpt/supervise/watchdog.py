@@ -52,7 +52,7 @@ class Limits:
     stuck: float
     """Without a new phase on any rank."""
     silent: float = 30.0
-    """Without a beat of a rank: its process is frozen, or its host is lost."""
+    """Without a beat of a rank, and without a new phase on those that beat: its process is frozen, or its host lost."""
     grace: float = 3.0
     """Left to the main thread to end by itself once the job is over; and to all ranks to write their stacks."""
 
@@ -259,14 +259,8 @@ class Watchdog:
         seen = self._all_ranks()
         if seen is None:
             return None
-        silent = [rank for rank in seen if rank.condition != "alive"]
-        if any(self._is_left_to_neighbours(rank, seen) for rank in silent):
-            return None
-        if silent:
-            sentences = [describe_lost(rank) for rank in silent[:4]]
-            if len(silent) > 4:
-                sentences.append(f"and so it is with {len(silent) - 4} more ranks")
-            return self._pass("lost", "; ".join(sentences), [rank.beat for rank in silent])
+        if silent := [rank for rank in seen if rank.condition != "alive"]:
+            return self._judge_silent(silent, seen)
         if not all(rank.beat.is_stuck for rank in seen):
             return None
         self.folder.want_stacks()
@@ -278,10 +272,23 @@ class Watchdog:
         text, culprits = explain(seen, str(self.folder.folder / "stack-*.txt"))
         return self._pass("stuck", text, [culprit.beat for culprit in culprits])
 
-    def _is_left_to_neighbours(self, silent: Seen, seen: list[Seen]) -> bool:
+    def _judge_silent(self, silent: list[Seen], seen: list[Seen]) -> Verdict | None:
+        """Ranks whose beats do not come any more are lost once those that are heard stand still as well: as long as
+        they go on, so do the silent ones, and it is only that these cannot write."""
+        heard = [rank for rank in seen if rank.condition == "alive" and rank.beat.phase != Phase.LEFT]
+        if any(rank.beat.still_for < self.limits.silent for rank in heard):
+            return None
+        if any(self._is_left_to_neighbours(rank, heard) for rank in silent):
+            return None
+        sentences = [describe_lost(rank) for rank in silent[:4]]
+        if len(silent) > 4:
+            sentences.append(f"and so it is with {len(silent) - 4} more ranks")
+        return self._pass("lost", "; ".join(sentences), [rank.beat for rank in silent])
+
+    def _is_left_to_neighbours(self, silent: Seen, heard: list[Seen]) -> bool:
         """Whether a rank of another host is soon to be judged by others there, which see what its process is doing."""
         host = silent.beat.host
-        has_neighbours = any(other.beat.host == host and other.condition == "alive" for other in seen)
+        has_neighbours = any(other.beat.host == host for other in heard)
         silent_for = time.monotonic() - self._heard[silent.beat.rank][1]
         return host != self._host and has_neighbours and silent_for < 2 * self.limits.silent
 
