@@ -5,6 +5,7 @@ Also started by torchrun, srun, mpirun or plain python; the ranks are found out 
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import tempfile
 import time
@@ -233,7 +234,8 @@ def train(
         supply = _supply(plan, ranks)
         batches = Rewindable(readers.enter_context(supply.training(data.train, state.samples)))
         evaluate_split = _evaluator(plan, engine, data, supply, meter)
-        if restored is None and run.training.eval_interval:
+        # Also what was due when the run was told to stop, which saves at once.
+        if due(state.step, run.training.eval_interval) and not state.evaluated:
             evaluate_split("validation", state.step)
         reason = stopping.before_the_first_step()
         while state.step < total_steps and reason is None:
@@ -245,10 +247,10 @@ def train(
             checkpoints.poll()
             meter.record(state.step, rate, result.loss, result.grad_norm, result.loss_scale, result.skipped)
             is_last = state.step == total_steps
-            evaluates = is_last or due(state.step, run.training.eval_interval)
-            saves = is_last or due(state.step, run.checkpoint.save_interval)
             reason = None if is_last else stopping.after_step()
-            saves = saves or reason is not None
+            # Who stops it may not wait: an evaluation that is due is made when the run goes on.
+            evaluates = is_last or (due(state.step, run.training.eval_interval) and reason is None)
+            saves = is_last or due(state.step, run.checkpoint.save_interval) or reason is not None
             reports = evaluates or saves or due(state.step, run.logging.interval)
             if reports:  # before a save: what is recorded up to a checkpoint survives a kill, and is finite
                 meter.report(engine.expert_figures())
@@ -261,11 +263,12 @@ def train(
                 continue
             if evaluates:
                 evaluate_split("validation", state.step)
+                state = dataclasses.replace(state, evaluated=True)
             if is_last:
                 evaluate_split("test", state.step)
             if saves and not careful.bad_in_a_row:  # else the weights are in doubt until a step is good again
                 pulse.enter(Phase.SAVE)
-                _save(checkpoints, state, meter, evaluates)
+                _save(checkpoints, state, meter)
             if is_last or reason is not None:
                 pulse.enter(Phase.SAVE)
                 checkpoints.wait()
@@ -322,9 +325,9 @@ def _evaluator(
     return evaluate_split
 
 
-def _save(checkpoints: "Checkpoints", state: "TrainState", meter: "Meter", evaluated: bool) -> None:
+def _save(checkpoints: "Checkpoints", state: "TrainState", meter: "Meter") -> None:
     started = time.monotonic()
-    checkpoints.save(state, meter.latest, evaluated)
+    checkpoints.save(state, meter.latest)
     meter.pause(time.monotonic() - started)
 
 

@@ -152,10 +152,10 @@ def undisturbed(dataset, tmp_path_factory):
     return curve(folder)
 
 
-def noisy_plan(folder, dataset):
+def noisy_plan(folder, dataset, **training):
     # logging.interval (4) and save_interval (3) differ: records up to a checkpoint must be there all the same
     checkpoint = {"save_interval": 3, "asynchronous": False}  # or a kill might come before the save is complete
-    return plan_in(folder, dataset, tp=2, pp=2, precision="bf16", dropout=0.1, checkpoint=checkpoint)
+    return plan_in(folder, dataset, tp=2, pp=2, precision="bf16", dropout=0.1, checkpoint=checkpoint, training=training)
 
 
 def kill_rank_2(step: int) -> None:
@@ -209,6 +209,24 @@ def test_a_signal_to_one_rank_lets_all_save_and_stop(undisturbed, dataset, tmp_p
     assert saved(tmp_path) == ["step-00000003"]
     run_ranks(train, 4, plan)
     assert curve(tmp_path) == undisturbed
+
+
+def test_an_evaluation_that_is_due_when_the_run_is_stopped_is_made_once_it_goes_on(undisturbed, dataset, tmp_path):
+    plan = noisy_plan(tmp_path, dataset, eval_interval=3)
+    run_ranks(train, 4, plan, signal_rank_3)
+    assert saved(tmp_path) == ["step-00000003"]
+    assert [record["step"] for record in records(tmp_path, "validation")] == [0]
+    run_ranks(train, 4, plan)
+    assert [record["step"] for record in records(tmp_path, "validation")] == [0, 3, 6]
+    assert curve(tmp_path) == undisturbed
+
+
+def test_an_evaluation_that_a_checkpoint_knows_is_not_made_again(dataset, tmp_path):
+    checkpoint = {"save_interval": 3, "asynchronous": False}
+    for steps in (3, 4):
+        plan = plan_in(tmp_path, dataset, steps=steps, training={"eval_interval": 3}, checkpoint=checkpoint)
+        run_ranks(train, 1, plan)
+    assert [record["step"] for record in records(tmp_path, "validation")] == [0, 3, 4]
 
 
 def test_a_stopped_run_without_checkpoints_says_so(dataset, tmp_path):

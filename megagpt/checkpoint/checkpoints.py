@@ -110,7 +110,7 @@ class Checkpoints:
 
     # ---------------------------------------------------------------- save
 
-    def save(self, state: TrainState, metrics: dict[str, float], evaluated: bool = False) -> Location | None:
+    def save(self, state: TrainState, metrics: dict[str, float]) -> Location | None:
         """Save all ranks' state; collective. Nothing if the run has no checkpoint directory.
 
         With `checkpoint.asynchronous` it returns as soon as the state is copied; `poll` or `wait` tell of the end. A
@@ -119,7 +119,6 @@ class Checkpoints:
         Args:
             state: how far the run has come.
             metrics: last known losses, kept in the manifest.
-            evaluated: whether `metrics["validation_loss"]` belongs to this very step.
 
         Returns:
             Where the checkpoint is, or will be.
@@ -142,7 +141,7 @@ class Checkpoints:
         if in_thread:
             tensors = self._snapshot.copy(tensors)
         probe = self._probe()
-        manifest = self._manifest(state, metrics, evaluated)
+        manifest = self._manifest(state, metrics)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         final = self.directory / f"{STEP_PREFIX}{state.step:08d}"
@@ -284,7 +283,7 @@ class Checkpoints:
         if problems := [found for found in self._saves.exchange.gather_objects(problem) if found]:
             raise SaveFailedError("; ".join(problems))
 
-    def _manifest(self, state: TrainState, metrics: dict[str, float], evaluated: bool) -> Manifest:
+    def _manifest(self, state: TrainState, metrics: dict[str, float]) -> Manifest:
         """The manifest without what the other ranks write."""
         loss_scale = self.engine.loss_scale_state()
         return Manifest(
@@ -305,7 +304,7 @@ class Checkpoints:
             parameters={},
             files={},
             metrics=dict(metrics),
-            evaluated=evaluated,
+            evaluated=state.evaluated,
             fingerprints=self.fingerprints,
             precision=self.plan.precision,
             probe_tolerance=PROBE_TOLERANCE[self.plan.precision],
@@ -328,7 +327,7 @@ class Checkpoints:
             return None
         manifest = reader.manifest
         updates = manifest.updates_done if restorer.has_moments(reader) else 0
-        return TrainState(manifest.step, manifest.samples, updates)
+        return TrainState(manifest.step, manifest.samples, updates, manifest.evaluated)
 
 
 def temporary_folder(final: Location) -> Location:
