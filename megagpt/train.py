@@ -222,7 +222,7 @@ def train(
         load_pretrained(plan, engine, ranks, console)
     state = restored or TrainState()
     votes = Consensus(ranks, width=2)
-    stopping = Stopping(stop, _deadline(plan, ranks), votes)
+    stopping = Stopping(stop, _deadline(plan, ranks, checkpoints.restored_save_seconds), votes)
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(Meter(plan, console, first_step=state.step)) as meter,
@@ -233,11 +233,11 @@ def train(
         returning = Returning(plan, checkpoints, careful, meter.say)
         supply = _supply(plan, ranks)
         batches = Rewindable(readers.enter_context(supply.training(data.train, state.samples)))
-        evaluate_split = _evaluator(plan, engine, data, supply, meter)
+        evaluate_split = _evaluator(plan, engine, data, supply, meter, stopping)
         # Also what was due when the run was told to stop, which saves at once.
         if due(state.step, run.training.eval_interval) and not state.evaluated:
             evaluate_split("validation", state.step)
-        reason = stopping.before_the_first_step()
+        reason = stopping.before_the_first_step(evaluations_ahead(plan, state.step))
         while state.step < total_steps and reason is None:
             pulse.begin_step(state.step)
             rate = learning_rate(state.step, plan)
@@ -247,7 +247,7 @@ def train(
             checkpoints.poll()
             meter.record(state.step, rate, result.loss, result.grad_norm, result.loss_scale, result.skipped)
             is_last = state.step == total_steps
-            reason = None if is_last else stopping.after_step()
+            reason = None if is_last else stopping.after_step(evaluations_ahead(plan, state.step))
             # Who stops it may not wait: an evaluation that is due is made when the run goes on.
             evaluates = is_last or (due(state.step, run.training.eval_interval) and reason is None)
             saves = is_last or due(state.step, run.checkpoint.save_interval) or reason is not None
@@ -287,11 +287,18 @@ def _supply(plan: Plan, ranks: "Ranks") -> "Supply":
     return Supply(plan, ranks.data_rank, ranks.device, training, evaluation)
 
 
-def _deadline(plan: Plan, ranks: "Ranks") -> Deadline:
-    """What rank 0 knows of the scheduler, and this process's own start."""
+def _deadline(plan: Plan, ranks: "Ranks", save_seconds: float | None) -> Deadline:
+    """What rank 0 knows of the scheduler, this process's own start, and how long a save took before."""
     minutes = plan.run.supervision.stop_after_minutes
     started = psutil.Process().create_time()
-    return Deadline(end_of_job() if ranks.rank == 0 else None, None if minutes is None else started + 60 * minutes)
+    deadline = Deadline(
+        end_of_job() if ranks.rank == 0 else None,
+        None if minutes is None else started + 60 * minutes,
+        plan.checkpoint_bytes // plan.world_size,
+    )
+    if save_seconds is not None:
+        deadline.note_save(save_seconds)
+    return deadline
 
 
 def _way_on(plan: Plan) -> str:
@@ -305,8 +312,15 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
+def evaluations_ahead(plan: Plan, step: int) -> int:
+    """Evaluations after `step` and until the run can stop the next time: what the ranks have said after a step they
+    learn after the next one, and do not heed after the last one, which two evaluations follow."""
+    total, interval = plan.run.training.steps, plan.run.training.eval_interval
+    return sum(2 if after == total else due(after, interval) for after in range(step, step + 3))
+
+
 def _evaluator(
-    plan: Plan, engine: "Engine", data: "RunData", supply: "Supply", meter: "Meter"
+    plan: Plan, engine: "Engine", data: "RunData", supply: "Supply", meter: "Meter", stopping: Stopping
 ) -> Callable[[str, int], None]:
     from megagpt.evaluate import evaluate
 
@@ -321,6 +335,7 @@ def _evaluator(
         by_name = {part.name: loss for part, loss in zip(held_out, losses, strict=True) if part.name}
         meter.report_eval(split, mean, step, by_name)
         meter.pause(time.monotonic() - started)
+        stopping.note_evaluation(time.monotonic() - started)
 
     return evaluate_split
 

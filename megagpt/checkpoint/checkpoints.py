@@ -107,6 +107,8 @@ class Checkpoints:
         self.on_saved = on_saved
         self._snapshot = Snapshot()
         self._retention = Retention(self.directory, config) if self.directory else None
+        self.restored_save_seconds: float | None = None
+        """How long the save took that was restored, if that is known."""
 
     # ---------------------------------------------------------------- save
 
@@ -148,7 +150,7 @@ class Checkpoints:
 
         def work() -> None:
             try:
-                self._write(final, tensors, pieces, probe, manifest)
+                self._write(final, tensors, pieces, probe, manifest, started)
             except SaveFailedError:
                 temporary = temporary_folder(final)
                 if self.ranks.rank == 0 and isinstance(temporary, Path):  # what is there of it takes space
@@ -226,6 +228,7 @@ class Checkpoints:
         pieces: Pieces,
         probe: dict[str, Tensor] | None,
         manifest: Manifest,
+        started: float,
     ) -> None:
         """Write a checkpoint together with the other ranks.
 
@@ -245,7 +248,8 @@ class Checkpoints:
 
         self._together(write_files)
         gathered = self._saves.exchange.gather_objects((files, pieces))
-        self._together(lambda: self._complete(temporary, final, _joined(manifest, gathered)) if is_first else None)
+        whole = _joined(manifest, gathered, time.monotonic() - started)
+        self._together(lambda: self._complete(temporary, final, whole) if is_first else None)
 
     def _prepare(self, temporary: Location, needed: int) -> None:
         assert self._retention is not None
@@ -326,6 +330,7 @@ class Checkpoints:
         if reader is None:
             return None
         manifest = reader.manifest
+        self.restored_save_seconds = manifest.save_seconds
         updates = manifest.updates_done if restorer.has_moments(reader) else 0
         return TrainState(manifest.step, manifest.samples, updates, manifest.evaluated)
 
@@ -337,8 +342,8 @@ def temporary_folder(final: Location) -> Location:
     return final.with_name(f".{final.name}.tmp")
 
 
-def _joined(manifest: Manifest, gathered: list[tuple[dict[str, File], Pieces]]) -> Manifest:
-    """The manifest with the files and pieces of all ranks."""
+def _joined(manifest: Manifest, gathered: list[tuple[dict[str, File], Pieces]], seconds: float) -> Manifest:
+    """The manifest with the files and pieces of all ranks, and how long they took."""
     files: dict[str, File] = {}
     parts: Pieces = {}
     for rank_files, rank_pieces in gathered:
@@ -346,7 +351,7 @@ def _joined(manifest: Manifest, gathered: list[tuple[dict[str, File], Pieces]]) 
         for name, (shape, pieces) in rank_pieces.items():
             parts.setdefault(name, (shape, []))[1].extend(pieces)
     parameters = {name: Parameter(shape=shape, pieces=tuple(pieces)) for name, (shape, pieces) in parts.items()}
-    return manifest.model_copy(update={"files": files, "parameters": parameters})
+    return manifest.model_copy(update={"files": files, "parameters": parameters, "save_seconds": seconds})
 
 
 def probe_tokens(plan: Plan) -> Tensor:
