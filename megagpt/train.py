@@ -238,6 +238,7 @@ def train(
         if due(state.step, run.training.eval_interval) and not state.evaluated:
             evaluate_split("validation", state.step)
         reason = stopping.before_the_first_step(evaluations_ahead(plan, state.step))
+        saved_step, owes_save = state.step, False
         while state.step < total_steps and reason is None:
             pulse.begin_step(state.step)
             rate = learning_rate(state.step, plan)
@@ -248,15 +249,18 @@ def train(
             meter.record(state.step, rate, result.loss, result.grad_norm, result.loss_scale, result.skipped)
             is_last = state.step == total_steps
             reason = None if is_last else stopping.after_step(evaluations_ahead(plan, state.step))
+            if careful.bad_in_a_row == 1:  # nothing could be saved: one more step, after which the reason is the same
+                reason = None
             # Who stops it may not wait: an evaluation that is due is made when the run goes on.
             evaluates = is_last or (due(state.step, run.training.eval_interval) and reason is None)
-            saves = is_last or due(state.step, run.checkpoint.save_interval) or reason is not None
+            saves = is_last or due(state.step, run.checkpoint.save_interval) or owes_save or reason is not None
             reports = evaluates or saves or due(state.step, run.logging.interval)
             if reports:  # before a save: what is recorded up to a checkpoint survives a kill, and is finite
                 meter.report(engine.expert_figures())
             if careful.bad_in_a_row and (is_last or careful.bad_in_a_row == run.supervision.max_bad_steps):
                 checkpoints.wait()
                 state = returning.go_back(state.step, state.samples)
+                saved_step, owes_save = state.step, False
                 meter.go_back(state.step)
                 readers.close()
                 batches = Rewindable(readers.enter_context(supply.training(data.train, state.samples)))
@@ -266,14 +270,16 @@ def train(
                 state = dataclasses.replace(state, evaluated=True)
             if is_last:
                 evaluate_split("test", state.step)
-            if saves and not careful.bad_in_a_row:  # else the weights are in doubt until a step is good again
+            owes_save = saves and careful.bad_in_a_row > 0  # the weights are in doubt until a step is good again
+            if saves and not owes_save:
                 pulse.enter(Phase.SAVE)
                 _save(checkpoints, state, meter)
+                saved_step = state.step
             if is_last or reason is not None:
                 pulse.enter(Phase.SAVE)
                 checkpoints.wait()
         if reason is not None:
-            meter.say(f"{meter.at(state.step)}  {reason}; {_way_on(plan)}")
+            meter.say(f"{meter.at(state.step)}  {reason}; {_way_on(plan, state.step, saved_step)}")
     votes.close()
     return state
 
@@ -301,10 +307,12 @@ def _deadline(plan: Plan, ranks: "Ranks", save_seconds: float | None) -> Deadlin
     return deadline
 
 
-def _way_on(plan: Plan) -> str:
+def _way_on(plan: Plan, step: int, saved_step: int) -> str:
     if plan.run.checkpoint.directory is None:
         return "nothing was saved, as checkpoint.directory is not set"
-    return "the same command goes on from here"
+    if saved_step == step:
+        return "the same command goes on from here"
+    return f"the last steps were bad, so nothing was saved; the same command goes on from step {saved_step:,}"
 
 
 def due(step: int, interval: int) -> bool:
