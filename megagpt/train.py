@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from megagpt.errors import ConfigError, DataError, LaunchError, MegagptError, RankError, StorageError, run_command
+from megagpt.errors import (
+    ConfigError,
+    DataError,
+    LaunchError,
+    MegagptError,
+    RankError,
+    StorageError,
+    exit_code_of,
+    run_command,
+)
 from megagpt.parallel.console import Console, quiet_libraries
 from megagpt.parallel.deepspeed_launcher import find_launch
 from megagpt.parallel.launch import Launch
@@ -131,7 +140,7 @@ def require_writable_folders(plan: Plan, ranks: "Ranks") -> None:
     Raises:
         ConfigError: on all ranks, if one cannot.
     """
-    problems = []
+    problems, exit_codes = [], []
     for key, directory in (
         ("checkpoint.directory", plan.run.checkpoint.directory),
         ("logging.directory", plan.run.logging.directory),
@@ -144,6 +153,7 @@ def require_writable_folders(plan: Plan, ranks: "Ranks") -> None:
                 place.require_writable()
             except StorageError as error:
                 problems.append(f"{key}={directory} cannot be written to: {error}")
+                exit_codes.append(exit_code_of(error))
             continue
         path = place.absolute()
         nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
@@ -152,8 +162,10 @@ def require_writable_folders(plan: Plan, ranks: "Ranks") -> None:
                 pass
         except OSError as error:
             problems.append(f"{key}={directory} cannot be written to ({error.strerror}); give a writable folder")
-    if problems := ranks.broadcast_object(problems):
-        raise ConfigError(problems)
+            exit_codes.append(exit_code_of(error))
+    problems, exit_codes = ranks.broadcast_object((problems, exit_codes))
+    if problems:
+        raise ConfigError(problems, exit_code=min(exit_codes))  # what is to be mended comes first
 
 
 def headline(plan: Plan, launch: Launch) -> str:

@@ -30,7 +30,7 @@ from megagpt.checkpoint.restore import Restorer
 from megagpt.checkpoint.retention import Retention, remove
 from megagpt.checkpoint.state import TrainedModel, TrainState
 from megagpt.checkpoint.tensor_file import file_bytes, write_tensors
-from megagpt.errors import CheckpointError, MegagptError, OtherVersionError
+from megagpt.errors import CheckpointError, MegagptError, OtherVersionError, exit_code_of
 from megagpt.model.initialize import full_shape
 from megagpt.model.partition import partition_of
 from megagpt.optim import MOMENTS
@@ -275,17 +275,18 @@ class Checkpoints:
 
     def _together(self, action: Callable[[], Any]) -> None:
         """Do something on each rank and fail on all ranks if one has failed, so that none waits for it."""
-        problem = None
+        problem, exit_code = None, CheckpointError.exit_code
         try:
             action()
         except (FileNotFoundError, FileExistsError) as error:  # what another rank made is gone, or is not seen here
             problem = f"rank {self.ranks.rank}: {error}: do all hosts see it, and does no other run save there?"
         except (OSError, MegagptError) as error:
-            problem = f"rank {self.ranks.rank}: {error}"
+            problem, exit_code = f"rank {self.ranks.rank}: {error}", exit_code_of(error)
         except Exception as error:  # a bug here must not leave the other ranks waiting
             problem = f"rank {self.ranks.rank}: {type(error).__name__}: {error}"
-        if problems := [found for found in self._saves.exchange.gather_objects(problem) if found]:
-            raise SaveFailedError("; ".join(problems))
+        gathered = self._saves.exchange.gather_objects((problem, exit_code))
+        if problems := {problem: exit_code for problem, exit_code in gathered if problem}:
+            raise SaveFailedError("; ".join(problems), min(problems.values()))  # what is to be mended comes first
 
     def _manifest(self, state: TrainState, metrics: dict[str, float]) -> Manifest:
         """The manifest without what the other ranks write."""

@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from megagpt.errors import DataError, MegagptError, RankError, UnreliableError
+from megagpt.errors import TRY_AGAIN, DataError, MegagptError, RankError, UnreliableError
 from megagpt.parallel.ranks import Ranks
 from megagpt.plan import Plan, describe
 from megagpt.plan.fitting import nearest_that_fits
 from megagpt.supervise.beats import FOLDER, BeatFolder
 from megagpt.supervise.pulse import Pulse
-from megagpt.supervise.watchdog import EXIT_CODE, Limits, Place, Watchdog
+from megagpt.supervise.watchdog import Limits, Place, Watchdog
 
 _OTHERS_VERDICT_SECONDS = 5.0
 _LOST_PEER = re.compile(
@@ -105,7 +105,7 @@ def _worded(error: Exception, plan: Plan, ranks: Ranks, watchdog: Watchdog | Non
         text = f"{name}: {out_of_memory(plan, ranks, text)}"
         _failed(watchdog, text, RankError.exit_code)
         return RankError(text)
-    _failed(watchdog, f"{name}: {type(error).__name__}: {text.strip()}", EXIT_CODE)
+    _failed(watchdog, f"{name}: {type(error).__name__}: {text.strip()}", TRY_AGAIN)
     return error
 
 
@@ -116,11 +116,11 @@ def _failed(watchdog: Watchdog | None, text: str, exit_code: int) -> None:
 
 def _lost_peer(name: str, watchdog: Watchdog | None) -> RankError:
     if watchdog is not None and watchdog.verdict_within(_OTHERS_VERDICT_SECONDS) is not None:
-        return RankError("", EXIT_CODE)  # said by the rank that knows
+        return RankError("", TRY_AGAIN)  # said by the rank that knows
     return RankError(
         f"{name}: another rank has ended or was killed; look for its message, or for the kernel's if it ran out of "
         "memory",
-        EXIT_CODE,
+        TRY_AGAIN,
     )
 
 

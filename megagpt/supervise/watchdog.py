@@ -20,13 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from megagpt.errors import MegagptError, RankError
+from megagpt.errors import TRY_AGAIN, MegagptError, RankError
 from megagpt.supervise.beats import Beat, BeatFolder, Verdict, process_start, process_state
 from megagpt.supervise.pulse import SLOW_PHASES, Phase, Pulse
 from megagpt.supervise.verdict import Condition, Seen, describe_lost, explain
 
-EXIT_CODE = 75
-"""EX_TEMPFAIL: started again, the job may well succeed."""
 PATIENCE_WITH_SLOW_PHASES = 6.0
 LOOK_SECONDS = 1.0
 _WAITING_FILES = ("queue.py", "threading.py")
@@ -314,7 +312,7 @@ class Watchdog:
             text=text,
             culprits=[beat.rank for beat in culprits],
             hosts=sorted({beat.host for beat in culprits}),
-            exit_code=EXIT_CODE,
+            exit_code=TRY_AGAIN,
         )
         holds = self.folder.pass_verdict(verdict)
         if holds == verdict:
