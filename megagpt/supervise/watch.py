@@ -40,6 +40,8 @@ def watch(plan: Plan, ranks: Ranks) -> Iterator[Pulse]:
     watchdog = None if folder is None else Watchdog(folder, place_of(ranks), _limits(plan), _say)
     with watchdog or contextlib.nullcontext():
         try:
+            if watchdog is not None:
+                watchdog.meet(ranks.gather_objects(watchdog.first_beat))
             yield Pulse() if watchdog is None else watchdog.pulse
         except Exception as error:
             worded = _worded(error, plan, ranks, watchdog)

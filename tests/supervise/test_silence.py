@@ -62,6 +62,19 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
     return Watched(tmp_path, monkeypatch)
 
 
+def test_each_beat_is_read_once_in_a_round(watched, monkeypatch):
+    watched.pass_time(0.0, beating=(1, 2))
+    read, asked = BeatFolder.read, []
+
+    def counted(self, rank):
+        asked.append(rank)
+        return read(self, rank)
+
+    monkeypatch.setattr(BeatFolder, "read", counted)
+    watched.pass_time(0.5, beating=(1, 2))
+    assert asked == [0, 1, 2]
+
+
 def test_its_neighbours_come_first(watched):
     assert watched.pass_time(0.0, beating=(1, 2)) is None
     assert watched.pass_time(1.2, beating=(2,)) is None, "rank 2 sees what has become of rank 1"
