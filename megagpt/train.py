@@ -7,9 +7,10 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import psutil
@@ -72,7 +73,7 @@ def main() -> int:
     except (RankError, LaunchError):
         raise
     except MegagptError as error:
-        if launch.local_rank != 0:  # all ranks know; one message per host
+        if launch.local_rank != 0:  # all ranks have it; one message per host
             return error.exit_code
         raise
 
@@ -93,7 +94,9 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
     from megagpt.checkpoint import finished_step
 
     console = Console(launch.rank, verbose)
-    if (done := finished_step(plan)) is not None:
+    with own_errors(launch):
+        done = finished_step(plan)
+    if done is not None:
         console.say(
             f"{plan.run.checkpoint.directory} already holds step {done:,} and training.steps="
             f"{plan.run.training.steps:,}: the run is finished, nothing to do; to go on, raise training.steps"
@@ -104,9 +107,10 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
 
     model, training = plan.model, plan.run.training
     opened = None
-    if plan.reads_samples(launch.rank):
-        opened = open_data(plan.run.data, model.vocab_size, plan.seq_length, training.seed)
-    hashes = fingerprints(plan.run.data) if launch.rank == 0 else {}
+    with own_errors(launch):
+        if plan.reads_samples(launch.rank):
+            opened = open_data(plan.run.data, model.vocab_size, plan.seq_length, training.seed)
+        hashes = fingerprints(plan.run.data) if launch.rank == 0 else {}
     with console.muted():
         from megagpt.parallel.ranks import start_ranks, stop_ranks
 
@@ -132,6 +136,21 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         train(plan, ranks, engine, checkpoints, data, console, stop)
     stop_ranks()
     return 0
+
+
+@contextlib.contextmanager
+def own_errors(launch: Launch) -> Iterator[None]:
+    """What a rank meets before it knows the others it tells by its name: a host may see other files, or none.
+
+    Raises:
+        RankError: in place of an error about data or a store, if there are other ranks.
+    """
+    try:
+        yield
+    except (DataError, StorageError) as error:
+        if launch.world_size == 1:
+            raise
+        raise RankError(f"rank {launch.rank} on {socket.gethostname()}: {error}", error.exit_code) from None
 
 
 def require_writable_folders(plan: Plan, ranks: "Ranks") -> None:

@@ -320,6 +320,22 @@ def test_a_token_outside_the_vocabulary_is_told_by_the_rank_that_met_it(dataset,
     assert re.fullmatch("rank 1 on .*: data: token number 7 is 999\n", report.read_text())
 
 
+def test_what_one_rank_meets_before_it_knows_the_others_it_tells_by_its_name(dataset, tmp_path, monkeypatch):
+    from megagpt import train as module
+    from megagpt.errors import RankError
+    from megagpt.parallel.launch import Launch
+
+    missing = plan_in(tmp_path, {**dataset, "prefix": f"{tmp_path}/missing"}, dp=2)
+    monkeypatch.setattr(module, "StopSignal", lambda: None)
+    monkeypatch.setattr(module, "find_launch", lambda: Launch(1, 1, 2, "127.0.0.1", 1, "srun"))
+    for name in ("load_run_config", "load_deepspeed_config"):
+        monkeypatch.setattr(module, name, lambda *args: None)
+    monkeypatch.setattr(module, "make_plan", lambda *args: missing)
+    monkeypatch.setattr("sys.argv", ["train", "--config", "run.yaml", "--deepspeed_config", "ds.json"])
+    with pytest.raises(RankError, match=f"rank 1 on .*: .*{tmp_path}/missing"):
+        module.main()
+
+
 def test_odd_splits_and_batches_run_through(dataset, tmp_path):
     # no validation text at all; samples shorter than the model's context
     plan = plan_in(
