@@ -299,6 +299,10 @@ class LoggingConfig(Section):
     progress lines only, and the latter beside the checkpoints."""
 
 
+PATIENCE_WITH_SLOW_PHASES = 6.0
+"""How many times `hang_seconds` loading and saving may take."""
+
+
 class SupervisionConfig(Section):
     """How a run that nobody watches is stopped in time, kept from harm and ended when it is stuck."""
 

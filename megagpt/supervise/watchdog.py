@@ -21,11 +21,11 @@ from pathlib import Path
 from types import TracebackType
 
 from megagpt.errors import TRY_AGAIN, MegagptError, RankError
+from megagpt.plan.config import PATIENCE_WITH_SLOW_PHASES
 from megagpt.supervise.beats import Beat, BeatFolder, Verdict, process_start, process_state
 from megagpt.supervise.pulse import SLOW_PHASES, Phase, Pulse
 from megagpt.supervise.verdict import Condition, Seen, describe_lost, explain
 
-PATIENCE_WITH_SLOW_PHASES = 6.0
 LOOK_SECONDS = 1.0
 _WAITING_FILES = ("queue.py", "threading.py")
 """A wait for a thread is told as the wait of who has called them."""
