@@ -103,7 +103,7 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         )
         return 0
     from megagpt.data.fingerprint import fingerprints
-    from megagpt.data.run_data import damaged_datasets, open_data
+    from megagpt.data.run_data import open_data
 
     model, training = plan.model, plan.run.training
     opened = None
@@ -116,8 +116,7 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
 
         ranks = start_ranks(plan, launch)
         require_writable_folders(plan, ranks)
-        if damaged := ranks.broadcast_object(damaged_datasets(plan.run.data) if ranks.rank == 0 else []):
-            raise DataError("\n".join(damaged))
+        require_intact_data(plan, ranks, launch)
         described = ranks.broadcast_object(opened.described() if opened is not None and ranks.rank == 0 else None)
         data = described if opened is None else opened
         from megagpt.checkpoint import Checkpoints
@@ -185,6 +184,24 @@ def require_writable_folders(plan: Plan, ranks: "Ranks") -> None:
     problems, exit_codes = ranks.broadcast_object((problems, exit_codes))
     if problems:
         raise ConfigError(problems, exit_code=min(exit_codes))  # what is to be mended comes first
+
+
+def require_intact_data(plan: Plan, ranks: "Ranks", launch: Launch) -> None:
+    """Have the ranks that read datasets compare their checksums, each those of some, if that is asked for; collective.
+
+    Raises:
+        DataError: on all ranks, if one differs.
+        RankError: on a rank that a store fails.
+    """
+    from megagpt.data.run_data import damaged_datasets
+
+    readers = [rank for rank in range(ranks.world_size) if plan.reads_samples(rank)]
+    mine = []
+    if ranks.rank in readers:
+        with own_errors(launch):
+            mine = damaged_datasets(plan.run.data, readers.index(ranks.rank), len(readers))
+    if damaged := [problem for part in ranks.gather_objects(mine) for problem in part]:
+        raise DataError("\n".join(damaged))
 
 
 def headline(plan: Plan, launch: Launch) -> str:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -334,6 +335,19 @@ def test_what_one_rank_meets_before_it_knows_the_others_it_tells_by_its_name(dat
     monkeypatch.setattr("sys.argv", ["train", "--config", "run.yaml", "--deepspeed_config", "ds.json"])
     with pytest.raises(RankError, match=f"rank 1 on .*: .*{tmp_path}/missing"):
         module.main()
+
+
+def test_ranks_share_the_datasets_whose_checksums_they_compare(dataset, tmp_path):
+    for name in ("one", "other"):
+        for suffix in (".bin", ".idx", ".json"):
+            shutil.copy(f"{dataset['prefix']}{suffix}", tmp_path / f"{name}{suffix}")
+    with (tmp_path / "other.bin").open("r+b") as file:
+        file.write(b"\x05")
+    datasets = [{"prefix": str(tmp_path / name), "weight": 1.0} for name in ("one", "other")]
+    data = {"prefix": None, "datasets": datasets, "verify_checksums": True}
+    with pytest.raises(RankFailedError) as failure:
+        run_ranks(train, 2, plan_in(tmp_path, dataset, dp=2, data=data))
+    assert str(failure.value).count(f"DataError: {tmp_path}/other.bin has sha256") == 2, "on both ranks"
 
 
 def test_odd_splits_and_batches_run_through(dataset, tmp_path):
