@@ -164,10 +164,12 @@ class Saves:
         _, _, has_failed, for_good = self._votes.now(1, 0, exit_code != 0, exit_code not in (0, TRY_AGAIN))
         if has_failed:
             why = self._failure or "see the messages of other ranks"
-            advice = "mend that" if isinstance(self._folder, RemotePath) else "free space or mend the folder"
+            advice = (
+                "mend that, then" if isinstance(self._folder, RemotePath) else "free space or mend the folder, then"
+            )
             if not for_good:
-                advice = "this may pass"
-            text = f"{self._folder}: could not be saved ({why}); {advice}, then start again"
+                advice = "this may pass by itself:"
+            text = f"{self._folder}: could not be saved ({why}); {advice} start again"
             raise CheckpointError(text, None if for_good else TRY_AGAIN)
         assert self._saved is not None
         self.on_saved(self._saved)

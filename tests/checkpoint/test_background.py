@@ -91,7 +91,7 @@ def fail_in_the_background(plan, number: int) -> tuple[int, str, int]:
 
 @pytest.mark.parametrize(
     ("number", "advice", "status"),
-    [(errno.ENOSPC, "free space or mend the folder", 2), (errno.EIO, "this may pass", 75)],
+    [(errno.ENOSPC, "free space or mend the folder, then", 2), (errno.EIO, "this may pass by itself:", 75)],
 )
 def test_a_failure_in_the_background_stops_all_ranks_at_the_same_step(tmp_path, number, advice, status):
     outcomes = run_ranks(fail_in_the_background, 2, plan_in(tmp_path, pp=2), number)
@@ -99,7 +99,7 @@ def test_a_failure_in_the_background_stops_all_ranks_at_the_same_step(tmp_path, 
     assert outcomes[0][0] > 2
     for _, said, exit_code in outcomes:
         assert f"step-00000002: could not be saved (rank 1: [Errno {number}] {os.strerror(number)}" in said
-        assert f"; {advice}, then start again" in said
+        assert f"; {advice} start again" in said
         assert exit_code == status, "of a process that is to be started again, or not"
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("step-")) == ["step-00000001"]
 
