@@ -1,20 +1,51 @@
 """Errors that a user can act on, and how commands report them.
 
 Every message gives the key or file, its value, the rule that it breaks and the fix. Commands print it without a
-traceback and exit with status 2; `assert` is left for our own bugs.
+traceback and exit with status 2, or 75 if it may pass by itself; `assert` is left for our own bugs.
 """
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+TRY_AGAIN = 75
+"""EX_TEMPFAIL, the exit status of what may well succeed when it is started again."""
+_PASSING = {
+    errno.EIO,
+    errno.EREMOTEIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETRESET,
+    errno.ENETUNREACH,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+}
+"""What file systems on a network say while a server or the way to it is away."""
+
 
 class MegagptError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base of all errors that a user can mend.
+
+    Args:
+        text: what to say.
+        exit_code: of the process, if it is not the one of the class.
+    """
 
     exit_code = 2
+
+    def __init__(self, text: str, exit_code: int | None = None):
+        super().__init__(text)
+        if exit_code is not None:
+            self.exit_code = exit_code
 
 
 class ConfigError(MegagptError):
@@ -23,12 +54,13 @@ class ConfigError(MegagptError):
     Args:
         problems: one sentence per broken rule, each with key, value, rule and fix.
         advice: what would mend all of them together; commands print it last.
+        exit_code: of the process, if it is not 2.
     """
 
-    def __init__(self, problems: str | list[str], advice: str | None = None):
+    def __init__(self, problems: str | list[str], advice: str | None = None, exit_code: int | None = None):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         self.advice = advice
-        super().__init__("\n".join(self.problems))
+        super().__init__("\n".join(self.problems), exit_code)
 
 
 class DataError(MegagptError):
@@ -44,7 +76,7 @@ class OtherVersionError(CheckpointError):
 
 
 class StorageError(MegagptError):
-    """An object store refuses, is not there or does not answer; nothing is said about what it holds."""
+    """A store refuses, is not there or does not answer; nothing is said about what it holds."""
 
 
 class TrainingError(MegagptError):
@@ -56,12 +88,8 @@ class RankError(TrainingError):
 
     Args:
         text: what to say; nothing if another rank has said it.
-        exit_code: of this process.
+        exit_code: of this process, if it is not 2.
     """
-
-    def __init__(self, text: str, exit_code: int = TrainingError.exit_code):
-        super().__init__(text)
-        self.exit_code = exit_code
 
 
 class UnreliableError(TrainingError):
@@ -72,7 +100,7 @@ class UnreliableError(TrainingError):
         suspects: hosts by the ranks that it was found on, if that is known.
     """
 
-    exit_code = 75
+    exit_code = TRY_AGAIN
 
     def __init__(self, text: str, suspects: dict[int, str] | None = None):
         super().__init__(text)
@@ -87,8 +115,16 @@ class LaunchError(MegagptError):
     """The ranks of a job cannot be found out or contradict each other."""
 
 
+def exit_code_of(error: Exception) -> int:
+    """Exit status of a command that an error of a file system or a store ends: 75 if it may pass by itself, else 2."""
+    if isinstance(error, MegagptError):
+        return error.exit_code
+    return TRY_AGAIN if isinstance(error, OSError) and error.errno in _PASSING else MegagptError.exit_code
+
+
 def run_command(main: Callable[[], int | None], leave_at_once: bool = False) -> NoReturn:
-    """Run a command's main function and end the process: 2 after a user's error, 130 after Ctrl-C, else its result.
+    """Run a command's main function and end the process: 2 (or 75) after a user's error, 130 after Ctrl-C, else what it
+    returns.
 
     Args:
         main: the command.

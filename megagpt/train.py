@@ -5,15 +5,26 @@ Also started by torchrun, srun, mpirun or plain python; the ranks are found out 
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import psutil
 
-from megagpt.errors import ConfigError, DataError, LaunchError, MegagptError, RankError, StorageError, run_command
+from megagpt.errors import (
+    ConfigError,
+    DataError,
+    LaunchError,
+    MegagptError,
+    RankError,
+    StorageError,
+    exit_code_of,
+    run_command,
+)
+from megagpt.launchers import host_name
 from megagpt.parallel.console import Console, quiet_libraries
 from megagpt.parallel.deepspeed_launcher import find_launch
 from megagpt.parallel.launch import Launch
@@ -62,7 +73,7 @@ def main() -> int:
     except (RankError, LaunchError):
         raise
     except MegagptError as error:
-        if launch.local_rank != 0:  # all ranks know; one message per host
+        if launch.local_rank != 0:  # all ranks have it; one message per host
             return error.exit_code
         raise
 
@@ -83,27 +94,29 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
     from megagpt.checkpoint import finished_step
 
     console = Console(launch.rank, verbose)
-    if (done := finished_step(plan)) is not None:
+    with own_errors(launch):
+        done = finished_step(plan)
+    if done is not None:
         console.say(
             f"{plan.run.checkpoint.directory} already holds step {done:,} and training.steps="
             f"{plan.run.training.steps:,}: the run is finished, nothing to do; to go on, raise training.steps"
         )
         return 0
     from megagpt.data.fingerprint import fingerprints
-    from megagpt.data.run_data import damaged_datasets, open_data
+    from megagpt.data.run_data import open_data
 
     model, training = plan.model, plan.run.training
     opened = None
-    if plan.reads_samples(launch.rank):
-        opened = open_data(plan.run.data, model.vocab_size, plan.seq_length, training.seed)
-    hashes = fingerprints(plan.run.data) if launch.rank == 0 else {}
+    with own_errors(launch):
+        if plan.reads_samples(launch.rank):
+            opened = open_data(plan.run.data, model.vocab_size, plan.seq_length, training.seed)
+        hashes = fingerprints(plan.run.data) if launch.rank == 0 else {}
     with console.muted():
         from megagpt.parallel.ranks import start_ranks, stop_ranks
 
         ranks = start_ranks(plan, launch)
         require_writable_folders(plan, ranks)
-        if damaged := ranks.broadcast_object(damaged_datasets(plan.run.data) if ranks.rank == 0 else []):
-            raise DataError("\n".join(damaged))
+        require_intact_data(plan, ranks, launch)
         described = ranks.broadcast_object(opened.described() if opened is not None and ranks.rank == 0 else None)
         data = described if opened is None else opened
         from megagpt.checkpoint import Checkpoints
@@ -124,13 +137,28 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
     return 0
 
 
+@contextlib.contextmanager
+def own_errors(launch: Launch) -> Iterator[None]:
+    """What a rank meets before it knows the others it tells by its name: a host may see other files, or none.
+
+    Raises:
+        RankError: in place of an error about data or a store, if there are other ranks.
+    """
+    try:
+        yield
+    except (DataError, StorageError) as error:
+        if launch.world_size == 1:
+            raise
+        raise RankError(f"rank {launch.rank} on {host_name()}: {error}", error.exit_code) from None
+
+
 def require_writable_folders(plan: Plan, ranks: "Ranks") -> None:
     """See on rank 0 that the folders for checkpoints and logs can be made and written to; makes none; collective.
 
     Raises:
         ConfigError: on all ranks, if one cannot.
     """
-    problems = []
+    problems, exit_codes = [], []
     for key, directory in (
         ("checkpoint.directory", plan.run.checkpoint.directory),
         ("logging.directory", plan.run.logging.directory),
@@ -143,6 +171,7 @@ def require_writable_folders(plan: Plan, ranks: "Ranks") -> None:
                 place.require_writable()
             except StorageError as error:
                 problems.append(f"{key}={directory} cannot be written to: {error}")
+                exit_codes.append(exit_code_of(error))
             continue
         path = place.absolute()
         nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
@@ -151,8 +180,28 @@ def require_writable_folders(plan: Plan, ranks: "Ranks") -> None:
                 pass
         except OSError as error:
             problems.append(f"{key}={directory} cannot be written to ({error.strerror}); give a writable folder")
-    if problems := ranks.broadcast_object(problems):
-        raise ConfigError(problems)
+            exit_codes.append(exit_code_of(error))
+    problems, exit_codes = ranks.broadcast_object((problems, exit_codes))
+    if problems:
+        raise ConfigError(problems, exit_code=min(exit_codes))  # what is to be mended comes first
+
+
+def require_intact_data(plan: Plan, ranks: "Ranks", launch: Launch) -> None:
+    """Have the ranks that read datasets compare their checksums, each those of some, if that is asked for; collective.
+
+    Raises:
+        DataError: on all ranks, if one differs.
+        RankError: on a rank that a store fails.
+    """
+    from megagpt.data.run_data import damaged_datasets
+
+    readers = [rank for rank in range(ranks.world_size) if plan.reads_samples(rank)]
+    mine = []
+    if ranks.rank in readers:
+        with own_errors(launch):
+            mine = damaged_datasets(plan.run.data, readers.index(ranks.rank), len(readers))
+    if damaged := [problem for part in ranks.gather_objects(mine) for problem in part]:
+        raise DataError("\n".join(damaged))
 
 
 def headline(plan: Plan, launch: Launch) -> str:
@@ -221,7 +270,7 @@ def train(
         load_pretrained(plan, engine, ranks, console)
     state = restored or TrainState()
     votes = Consensus(ranks, width=2)
-    stopping = Stopping(stop, _deadline(plan, ranks), votes)
+    stopping = Stopping(stop, _deadline(plan, ranks, checkpoints.restored_save_seconds), votes)
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(Meter(plan, console, first_step=state.step)) as meter,
@@ -232,10 +281,12 @@ def train(
         returning = Returning(plan, checkpoints, careful, meter.say)
         supply = _supply(plan, ranks)
         batches = Rewindable(readers.enter_context(supply.training(data.train, state.samples)))
-        evaluate_split = _evaluator(plan, engine, data, supply, meter)
-        if restored is None and run.training.eval_interval:
+        evaluate_split = _evaluator(plan, engine, data, supply, meter, stopping)
+        # Also what was due when the run was told to stop, which saves at once.
+        if due(state.step, run.training.eval_interval) and not state.evaluated:
             evaluate_split("validation", state.step)
-        reason = stopping.before_the_first_step()
+        reason = stopping.before_the_first_step(evaluations_ahead(plan, state.step))
+        saved_step, owes_save = state.step, False
         while state.step < total_steps and reason is None:
             pulse.begin_step(state.step)
             rate = learning_rate(state.step, plan)
@@ -245,32 +296,38 @@ def train(
             checkpoints.poll()
             meter.record(state.step, rate, result.loss, result.grad_norm, result.loss_scale, result.skipped)
             is_last = state.step == total_steps
-            evaluates = is_last or due(state.step, run.training.eval_interval)
-            saves = is_last or due(state.step, run.checkpoint.save_interval)
-            reason = None if is_last else stopping.after_step()
-            saves = saves or reason is not None
+            reason = None if is_last else stopping.after_step(evaluations_ahead(plan, state.step))
+            if careful.bad_in_a_row == 1:  # nothing could be saved: one more step, after which the reason is the same
+                reason = None
+            # Who stops it may not wait: an evaluation that is due is made when the run goes on.
+            evaluates = is_last or (due(state.step, run.training.eval_interval) and reason is None)
+            saves = is_last or due(state.step, run.checkpoint.save_interval) or owes_save or reason is not None
             reports = evaluates or saves or due(state.step, run.logging.interval)
             if reports:  # before a save: what is recorded up to a checkpoint survives a kill, and is finite
                 meter.report(engine.expert_figures())
             if careful.bad_in_a_row and (is_last or careful.bad_in_a_row == run.supervision.max_bad_steps):
                 checkpoints.wait()
                 state = returning.go_back(state.step, state.samples)
+                saved_step, owes_save = state.step, False
                 meter.go_back(state.step)
                 readers.close()
                 batches = Rewindable(readers.enter_context(supply.training(data.train, state.samples)))
                 continue
             if evaluates:
                 evaluate_split("validation", state.step)
+                state = dataclasses.replace(state, evaluated=True)
             if is_last:
                 evaluate_split("test", state.step)
-            if saves and not careful.bad_in_a_row:  # else the weights are in doubt until a step is good again
+            owes_save = saves and careful.bad_in_a_row > 0  # the weights are in doubt until a step is good again
+            if saves and not owes_save:
                 pulse.enter(Phase.SAVE)
-                _save(checkpoints, state, meter, evaluates)
+                _save(checkpoints, state, meter)
+                saved_step = state.step
             if is_last or reason is not None:
                 pulse.enter(Phase.SAVE)
                 checkpoints.wait()
         if reason is not None:
-            meter.say(f"{meter.at(state.step)}  {reason}; {_way_on(plan)}")
+            meter.say(f"{meter.at(state.step)}  {reason}; {_way_on(plan, state.step, saved_step)}")
     votes.close()
     return state
 
@@ -284,17 +341,26 @@ def _supply(plan: Plan, ranks: "Ranks") -> "Supply":
     return Supply(plan, ranks.data_rank, ranks.device, training, evaluation)
 
 
-def _deadline(plan: Plan, ranks: "Ranks") -> Deadline:
-    """What rank 0 knows of the scheduler, and this process's own start."""
+def _deadline(plan: Plan, ranks: "Ranks", save_seconds: float | None) -> Deadline:
+    """What rank 0 knows of the scheduler, this process's own start, and how long a save took before."""
     minutes = plan.run.supervision.stop_after_minutes
     started = psutil.Process().create_time()
-    return Deadline(end_of_job() if ranks.rank == 0 else None, None if minutes is None else started + 60 * minutes)
+    deadline = Deadline(
+        end_of_job() if ranks.rank == 0 else None,
+        None if minutes is None else started + 60 * minutes,
+        plan.checkpoint_bytes // plan.world_size,
+    )
+    if save_seconds is not None:
+        deadline.note_save(save_seconds)
+    return deadline
 
 
-def _way_on(plan: Plan) -> str:
+def _way_on(plan: Plan, step: int, saved_step: int) -> str:
     if plan.run.checkpoint.directory is None:
         return "nothing was saved, as checkpoint.directory is not set"
-    return "the same command goes on from here"
+    if saved_step == step:
+        return "the same command goes on from here"
+    return f"the last steps were bad, so nothing was saved; the same command goes on from step {saved_step:,}"
 
 
 def due(step: int, interval: int) -> bool:
@@ -302,8 +368,15 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
+def evaluations_ahead(plan: Plan, step: int) -> int:
+    """Evaluations after `step` and until the run can stop the next time: what the ranks have said after a step they
+    learn after the next one, and do not heed after the last one, which two evaluations follow."""
+    total, interval = plan.run.training.steps, plan.run.training.eval_interval
+    return sum(2 if after == total else due(after, interval) for after in range(step, step + 3))
+
+
 def _evaluator(
-    plan: Plan, engine: "Engine", data: "RunData", supply: "Supply", meter: "Meter"
+    plan: Plan, engine: "Engine", data: "RunData", supply: "Supply", meter: "Meter", stopping: Stopping
 ) -> Callable[[str, int], None]:
     from megagpt.evaluate import evaluate
 
@@ -318,13 +391,14 @@ def _evaluator(
         by_name = {part.name: loss for part, loss in zip(held_out, losses, strict=True) if part.name}
         meter.report_eval(split, mean, step, by_name)
         meter.pause(time.monotonic() - started)
+        stopping.note_evaluation(time.monotonic() - started)
 
     return evaluate_split
 
 
-def _save(checkpoints: "Checkpoints", state: "TrainState", meter: "Meter", evaluated: bool) -> None:
+def _save(checkpoints: "Checkpoints", state: "TrainState", meter: "Meter") -> None:
     started = time.monotonic()
-    checkpoints.save(state, meter.latest, evaluated)
+    checkpoints.save(state, meter.latest)
     meter.pause(time.monotonic() - started)
 
 

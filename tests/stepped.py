@@ -1,5 +1,6 @@
 """A tiny run that a test takes step by step, with its checkpoints."""
 
+import dataclasses
 from pathlib import Path
 
 from tiny import rank_batches, tiny_plan
@@ -38,7 +39,7 @@ class SteppedRun:
         return float(loss)
 
     def save(self, **metrics: float) -> None:
-        self.checkpoints.save(self.state, metrics, evaluated=bool(metrics))
+        self.checkpoints.save(dataclasses.replace(self.state, evaluated=bool(metrics)), metrics)
 
     def resume(self) -> None:
         self.state = self.checkpoints.restore_latest()

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -152,10 +153,10 @@ def undisturbed(dataset, tmp_path_factory):
     return curve(folder)
 
 
-def noisy_plan(folder, dataset):
+def noisy_plan(folder, dataset, **training):
     # logging.interval (4) and save_interval (3) differ: records up to a checkpoint must be there all the same
     checkpoint = {"save_interval": 3, "asynchronous": False}  # or a kill might come before the save is complete
-    return plan_in(folder, dataset, tp=2, pp=2, precision="bf16", dropout=0.1, checkpoint=checkpoint)
+    return plan_in(folder, dataset, tp=2, pp=2, precision="bf16", dropout=0.1, checkpoint=checkpoint, training=training)
 
 
 def kill_rank_2(step: int) -> None:
@@ -211,6 +212,24 @@ def test_a_signal_to_one_rank_lets_all_save_and_stop(undisturbed, dataset, tmp_p
     assert curve(tmp_path) == undisturbed
 
 
+def test_an_evaluation_that_is_due_when_the_run_is_stopped_is_made_once_it_goes_on(undisturbed, dataset, tmp_path):
+    plan = noisy_plan(tmp_path, dataset, eval_interval=3)
+    run_ranks(train, 4, plan, signal_rank_3)
+    assert saved(tmp_path) == ["step-00000003"]
+    assert [record["step"] for record in records(tmp_path, "validation")] == [0]
+    run_ranks(train, 4, plan)
+    assert [record["step"] for record in records(tmp_path, "validation")] == [0, 3, 6]
+    assert curve(tmp_path) == undisturbed
+
+
+def test_an_evaluation_that_a_checkpoint_knows_is_not_made_again(dataset, tmp_path):
+    checkpoint = {"save_interval": 3, "asynchronous": False}
+    for steps in (3, 4):
+        plan = plan_in(tmp_path, dataset, steps=steps, training={"eval_interval": 3}, checkpoint=checkpoint)
+        run_ranks(train, 1, plan)
+    assert [record["step"] for record in records(tmp_path, "validation")] == [0, 3, 4]
+
+
 def test_a_stopped_run_without_checkpoints_says_so(dataset, tmp_path):
     plan = plan_in(tmp_path, dataset, checkpoint={"directory": None})
     ((code, said, warned),) = run_ranks(train, 1, plan, lambda step: os.kill(os.getpid(), signal.SIGUSR1))
@@ -236,11 +255,23 @@ def test_a_run_stops_in_time_before_its_limit(dataset, tmp_path, ranks):
     assert saved(tmp_path) == [f"step-{steps:08d}"]
 
 
-def train_as_if_started_long_ago(plan) -> tuple[int, str, str]:
+def test_how_long_a_save_took_is_known_after_a_resume(dataset, tmp_path):
+    plan = plan_in(tmp_path, dataset, steps=1)
+    run_ranks(train, 1, plan)
+    manifest = json.loads((tmp_path / "checkpoints" / "step-00000001" / "manifest.json").read_text())
+    assert 0 < manifest["save_seconds"] < 60
+    supervision = SupervisionConfig(stop_after_minutes=10.0)
+    plan = plan_in(tmp_path, dataset, steps=4)
+    plan = dataclasses.replace(plan, run=plan.run.model_copy(update={"supervision": supervision}))
+    ((_, said, _),) = run_ranks(train_as_if_started_long_ago, 1, plan, 600 - 25)
+    assert "stopped" not in said, "25 s are enough for a save that took no second"
+
+
+def train_as_if_started_long_ago(plan, seconds_ago: float = 600 - 78) -> tuple[int, str, str]:
     """The limit is 78 s from when the run asks for it, of which a first save is taken for 75."""
     import psutil
 
-    psutil.Process.create_time = lambda self: time.time() - 600 + 78
+    psutil.Process.create_time = lambda self: time.time() - seconds_ago
     return train(plan)
 
 
@@ -288,6 +319,35 @@ def test_a_token_outside_the_vocabulary_is_told_by_the_rank_that_met_it(dataset,
     assert "rank 0: " in str(failure.value)
     (report,) = (tmp_path / "logs" / "watchdog").glob("*/report.txt")
     assert re.fullmatch("rank 1 on .*: data: token number 7 is 999\n", report.read_text())
+
+
+def test_what_one_rank_meets_before_it_knows_the_others_it_tells_by_its_name(dataset, tmp_path, monkeypatch):
+    from megagpt import train as module
+    from megagpt.errors import RankError
+    from megagpt.parallel.launch import Launch
+
+    missing = plan_in(tmp_path, {**dataset, "prefix": f"{tmp_path}/missing"}, dp=2)
+    monkeypatch.setattr(module, "StopSignal", lambda: None)
+    monkeypatch.setattr(module, "find_launch", lambda: Launch(1, 1, 2, "127.0.0.1", 1, "srun"))
+    for name in ("load_run_config", "load_deepspeed_config"):
+        monkeypatch.setattr(module, name, lambda *args: None)
+    monkeypatch.setattr(module, "make_plan", lambda *args: missing)
+    monkeypatch.setattr("sys.argv", ["train", "--config", "run.yaml", "--deepspeed_config", "ds.json"])
+    with pytest.raises(RankError, match=f"rank 1 on .*: .*{tmp_path}/missing"):
+        module.main()
+
+
+def test_ranks_share_the_datasets_whose_checksums_they_compare(dataset, tmp_path):
+    for name in ("one", "other"):
+        for suffix in (".bin", ".idx", ".json"):
+            shutil.copy(f"{dataset['prefix']}{suffix}", tmp_path / f"{name}{suffix}")
+    with (tmp_path / "other.bin").open("r+b") as file:
+        file.write(b"\x05")
+    datasets = [{"prefix": str(tmp_path / name), "weight": 1.0} for name in ("one", "other")]
+    data = {"prefix": None, "datasets": datasets, "verify_checksums": True}
+    with pytest.raises(RankFailedError) as failure:
+        run_ranks(train, 2, plan_in(tmp_path, dataset, dp=2, data=data))
+    assert str(failure.value).count(f"DataError: {tmp_path}/other.bin has sha256") == 2, "on both ranks"
 
 
 def test_odd_splits_and_batches_run_through(dataset, tmp_path):

@@ -9,7 +9,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from megagpt.errors import CheckpointError
+from megagpt.errors import TRY_AGAIN, CheckpointError
 from megagpt.host_tensors import host_memory
 from megagpt.parallel.consensus import Consensus
 from megagpt.parallel.ranks import Ranks
@@ -54,7 +54,16 @@ class Snapshot:
 
 
 class SaveFailedError(Exception):
-    """A save has failed on some rank; all ranks raise it with the same words."""
+    """A save has failed on some rank; all ranks raise it with the same words.
+
+    Args:
+        text: why.
+        exit_code: of the process that this ends.
+    """
+
+    def __init__(self, text: str, exit_code: int = CheckpointError.exit_code):
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 class Saves:
@@ -69,10 +78,10 @@ class Saves:
         self.on_saved = on_saved
         self.exchange = SideGroup(ranks.world_size)
         """For the save itself."""
-        self._votes = Consensus(ranks, width=3)  # there was a vote, a rank is still writing, a rank has failed
+        self._votes = Consensus(ranks, width=4)  # there was a vote, a rank writes, has failed, has failed for good
         self._rank = ranks.rank
         self._thread: threading.Thread | None = None
-        self._failure: str | None = None
+        self._failure: SaveFailedError | None = None
         self._saved: Saved | None = None
 
     @property
@@ -101,9 +110,9 @@ class Saves:
             try:
                 work()
             except SaveFailedError as error:
-                self._failure = str(error)
+                self._failure = error
             except Exception as error:  # a thread has nobody to raise to
-                self._failure = f"rank {self._rank}: {type(error).__name__}: {error}"
+                self._failure = SaveFailedError(f"rank {self._rank}: {type(error).__name__}: {error}")
             seconds = time.monotonic() - started
             self._saved = Saved(folder, step, seconds, stall if in_thread else seconds)
 
@@ -121,7 +130,7 @@ class Saves:
         """
         if self._thread is None:
             return
-        has_voted, is_writing, _ = self._votes.vote(1, self._thread.is_alive(), 0)
+        has_voted, is_writing, *_ = self._votes.vote(1, self._thread.is_alive(), 0, 0)
         if has_voted and not is_writing:
             self._end()
 
@@ -144,17 +153,23 @@ class Saves:
             return None
         self._thread.join()
         self._thread = None
-        return self._failure
+        return None if self._failure is None else str(self._failure)
 
     def _end(self) -> None:
         assert self._thread is not None
         self._thread.join()
         self._thread = None
         self._votes.close()
-        _, _, has_failed = self._votes.now(1, 0, self._failure is not None)
+        exit_code = 0 if self._failure is None else self._failure.exit_code
+        _, _, has_failed, for_good = self._votes.now(1, 0, exit_code != 0, exit_code not in (0, TRY_AGAIN))
         if has_failed:
             why = self._failure or "see the messages of other ranks"
-            advice = "mend that" if isinstance(self._folder, RemotePath) else "free space or mend the folder"
-            raise CheckpointError(f"{self._folder}: could not be saved ({why}); {advice}, then start again")
+            advice = (
+                "mend that, then" if isinstance(self._folder, RemotePath) else "free space or mend the folder, then"
+            )
+            if not for_good:
+                advice = "this may pass by itself:"
+            text = f"{self._folder}: could not be saved ({why}); {advice} start again"
+            raise CheckpointError(text, None if for_good else TRY_AGAIN)
         assert self._saved is not None
         self.on_saved(self._saved)

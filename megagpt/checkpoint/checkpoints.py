@@ -30,7 +30,7 @@ from megagpt.checkpoint.restore import Restorer
 from megagpt.checkpoint.retention import Retention, remove
 from megagpt.checkpoint.state import TrainedModel, TrainState
 from megagpt.checkpoint.tensor_file import file_bytes, write_tensors
-from megagpt.errors import CheckpointError, MegagptError, OtherVersionError
+from megagpt.errors import CheckpointError, MegagptError, OtherVersionError, exit_code_of
 from megagpt.model.initialize import full_shape
 from megagpt.model.partition import partition_of
 from megagpt.optim import MOMENTS
@@ -107,10 +107,12 @@ class Checkpoints:
         self.on_saved = on_saved
         self._snapshot = Snapshot()
         self._retention = Retention(self.directory, config) if self.directory else None
+        self.restored_save_seconds: float | None = None
+        """How long the save took that was restored, if that is known."""
 
     # ---------------------------------------------------------------- save
 
-    def save(self, state: TrainState, metrics: dict[str, float], evaluated: bool = False) -> Location | None:
+    def save(self, state: TrainState, metrics: dict[str, float]) -> Location | None:
         """Save all ranks' state; collective. Nothing if the run has no checkpoint directory.
 
         With `checkpoint.asynchronous` it returns as soon as the state is copied; `poll` or `wait` tell of the end. A
@@ -119,7 +121,6 @@ class Checkpoints:
         Args:
             state: how far the run has come.
             metrics: last known losses, kept in the manifest.
-            evaluated: whether `metrics["validation_loss"]` belongs to this very step.
 
         Returns:
             Where the checkpoint is, or will be.
@@ -142,14 +143,14 @@ class Checkpoints:
         if in_thread:
             tensors = self._snapshot.copy(tensors)
         probe = self._probe()
-        manifest = self._manifest(state, metrics, evaluated)
+        manifest = self._manifest(state, metrics)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         final = self.directory / f"{STEP_PREFIX}{state.step:08d}"
 
         def work() -> None:
             try:
-                self._write(final, tensors, pieces, probe, manifest)
+                self._write(final, tensors, pieces, probe, manifest, started)
             except SaveFailedError:
                 temporary = temporary_folder(final)
                 if self.ranks.rank == 0 and isinstance(temporary, Path):  # what is there of it takes space
@@ -227,6 +228,7 @@ class Checkpoints:
         pieces: Pieces,
         probe: dict[str, Tensor] | None,
         manifest: Manifest,
+        started: float,
     ) -> None:
         """Write a checkpoint together with the other ranks.
 
@@ -246,7 +248,8 @@ class Checkpoints:
 
         self._together(write_files)
         gathered = self._saves.exchange.gather_objects((files, pieces))
-        self._together(lambda: self._complete(temporary, final, _joined(manifest, gathered)) if is_first else None)
+        whole = _joined(manifest, gathered, time.monotonic() - started)
+        self._together(lambda: self._complete(temporary, final, whole) if is_first else None)
 
     def _prepare(self, temporary: Location, needed: int) -> None:
         assert self._retention is not None
@@ -272,19 +275,20 @@ class Checkpoints:
 
     def _together(self, action: Callable[[], Any]) -> None:
         """Do something on each rank and fail on all ranks if one has failed, so that none waits for it."""
-        problem = None
+        problem, exit_code = None, CheckpointError.exit_code
         try:
             action()
         except (FileNotFoundError, FileExistsError) as error:  # what another rank made is gone, or is not seen here
             problem = f"rank {self.ranks.rank}: {error}: do all hosts see it, and does no other run save there?"
         except (OSError, MegagptError) as error:
-            problem = f"rank {self.ranks.rank}: {error}"
+            problem, exit_code = f"rank {self.ranks.rank}: {error}", exit_code_of(error)
         except Exception as error:  # a bug here must not leave the other ranks waiting
             problem = f"rank {self.ranks.rank}: {type(error).__name__}: {error}"
-        if problems := [found for found in self._saves.exchange.gather_objects(problem) if found]:
-            raise SaveFailedError("; ".join(problems))
+        gathered = self._saves.exchange.gather_objects((problem, exit_code))
+        if problems := {problem: exit_code for problem, exit_code in gathered if problem}:
+            raise SaveFailedError("; ".join(problems), min(problems.values()))  # what is to be mended comes first
 
-    def _manifest(self, state: TrainState, metrics: dict[str, float], evaluated: bool) -> Manifest:
+    def _manifest(self, state: TrainState, metrics: dict[str, float]) -> Manifest:
         """The manifest without what the other ranks write."""
         loss_scale = self.engine.loss_scale_state()
         return Manifest(
@@ -305,7 +309,7 @@ class Checkpoints:
             parameters={},
             files={},
             metrics=dict(metrics),
-            evaluated=evaluated,
+            evaluated=state.evaluated,
             fingerprints=self.fingerprints,
             precision=self.plan.precision,
             probe_tolerance=PROBE_TOLERANCE[self.plan.precision],
@@ -327,8 +331,9 @@ class Checkpoints:
         if reader is None:
             return None
         manifest = reader.manifest
+        self.restored_save_seconds = manifest.save_seconds
         updates = manifest.updates_done if restorer.has_moments(reader) else 0
-        return TrainState(manifest.step, manifest.samples, updates)
+        return TrainState(manifest.step, manifest.samples, updates, manifest.evaluated)
 
 
 def temporary_folder(final: Location) -> Location:
@@ -338,8 +343,8 @@ def temporary_folder(final: Location) -> Location:
     return final.with_name(f".{final.name}.tmp")
 
 
-def _joined(manifest: Manifest, gathered: list[tuple[dict[str, File], Pieces]]) -> Manifest:
-    """The manifest with the files and pieces of all ranks."""
+def _joined(manifest: Manifest, gathered: list[tuple[dict[str, File], Pieces]], seconds: float) -> Manifest:
+    """The manifest with the files and pieces of all ranks, and how long they took."""
     files: dict[str, File] = {}
     parts: Pieces = {}
     for rank_files, rank_pieces in gathered:
@@ -347,7 +352,7 @@ def _joined(manifest: Manifest, gathered: list[tuple[dict[str, File], Pieces]]) 
         for name, (shape, pieces) in rank_pieces.items():
             parts.setdefault(name, (shape, []))[1].extend(pieces)
     parameters = {name: Parameter(shape=shape, pieces=tuple(pieces)) for name, (shape, pieces) in parts.items()}
-    return manifest.model_copy(update={"files": files, "parameters": parameters})
+    return manifest.model_copy(update={"files": files, "parameters": parameters, "save_seconds": seconds})
 
 
 def probe_tokens(plan: Plan) -> Tensor:

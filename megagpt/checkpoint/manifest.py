@@ -106,6 +106,8 @@ class Manifest(_Record):
     """Last known losses."""
     evaluated: bool = False
     """Whether the validation loss among them was measured at this very step."""
+    save_seconds: float | None = Field(default=None, ge=0)
+    """How long it took to save all but this."""
     fingerprints: dict[str, str] = Field(default_factory=dict)
     """Hashes of the `dataset` and of the `tokenizer` that the run had, as far as it had any."""
     precision: str

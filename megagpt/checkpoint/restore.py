@@ -61,8 +61,8 @@ class Restorer:
             StorageError: the store refuses or does not answer; on all ranks.
         """
         folders, problem = self.ranks.broadcast_object(self._list(directory) if self.ranks.rank == 0 else ([], None))
-        if problem:
-            raise StorageError(problem)
+        if problem is not None:
+            raise problem
         damaged: list[Location] = []
         for folder in folders:
             reader = self._load_intact(folder)
@@ -82,11 +82,11 @@ class Restorer:
         """Whether the checkpoint has the state of this run's optimizer."""
         return set(self._moments) <= set(reader.manifest.moments)
 
-    def _list(self, directory: Location) -> tuple[list[Location], str | None]:
+    def _list(self, directory: Location) -> tuple[list[Location], StorageError | None]:
         try:
             return list_checkpoints(directory), None
         except StorageError as error:
-            return [], str(error)
+            return [], error
 
     def _load_intact(self, folder: Location) -> CheckpointReader | None:
         """Load a checkpoint; None if it is damaged, which is told.

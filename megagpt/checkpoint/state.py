@@ -16,6 +16,8 @@ class TrainState:
     """Training samples consumed."""
     updates: int = 0
     """Updates that the optimizer has made: steps that fp16 did not skip, since the optimizer last started afresh."""
+    evaluated: bool = False
+    """Whether the validation loss at this very step is known."""
 
     def advance(self, samples: int, skipped: bool = False) -> "TrainState":
         """The state after one more step on `samples` samples."""

@@ -7,7 +7,7 @@ from typing import get_args
 
 from megagpt.data.files import write_whole
 from megagpt.data.opening import dataset_file, local_file
-from megagpt.errors import DataError
+from megagpt.errors import DataError, exit_code_of
 from megagpt.storage import Location
 from megagpt.storage.transfer import sha256_of
 
@@ -95,7 +95,9 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a readable manifest ({error}); rebuild with tools/preprocess_data.py") from None
+        raise DataError(
+            f"{path} is not a readable manifest ({error}); rebuild with tools/preprocess_data.py", exit_code_of(error)
+        ) from None
     names = {field.name for field in fields(Manifest)}
     if isinstance(content, dict):
         content.setdefault("special_tokens_in_text", False)
@@ -131,7 +133,7 @@ def verify_files(prefix: str | Path) -> Manifest:
             found = sha256_of(path)
         except OSError as error:
             raise DataError(
-                f"{path} cannot be read ({error.strerror}); rebuild with tools/preprocess_data.py"
+                f"{path} cannot be read ({error.strerror}); rebuild with tools/preprocess_data.py", exit_code_of(error)
             ) from None
         if found != expected:
             raise DataError(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.errors import DataError, StorageError
+from megagpt.errors import DataError, StorageError, exit_code_of
 from megagpt.storage import Location, RemotePath, location
 from megagpt.storage.cache import Cache, CachedFile
 
@@ -82,7 +82,7 @@ class RemoteTokens:
         try:
             self._file.read(span.start * self._dtype.itemsize, tokens.view(np.uint8).data)
         except (StorageError, OSError) as error:  # met by one rank alone, as all that is wrong with data
-            raise DataError(str(error)) from None
+            raise DataError(str(error), exit_code_of(error)) from None
         tokens.flags.writeable = False
         return tokens
 

@@ -11,7 +11,7 @@ import torch
 from megagpt.data.loader import Marks, MicroBatch, eval_batches, num_eval_batches, train_batches
 from megagpt.data.mixture import Samples
 from megagpt.data.prefetch import Prefetched
-from megagpt.errors import DataError, MegagptError
+from megagpt.errors import DataError, MegagptError, exit_code_of
 from megagpt.plan import Plan
 
 _MICRO_BATCH, _END, _ERROR = range(3)
@@ -151,7 +151,7 @@ def sent(batches: Iterator[MicroBatch], channel: Channel, layout: Layout) -> Ite
             channel.broadcast(_notice(layout, _END))
             return
         except (MegagptError, OSError) as error:
-            channel.broadcast(_notice(layout, _ERROR))
+            channel.broadcast(_notice(layout, _ERROR, exit_code_of(error)))
             channel.broadcast_text(str(error))
             raise
         channel.broadcast(layout.pack(batch))
@@ -171,15 +171,15 @@ def received(channel: Channel, layout: Layout) -> Iterator[MicroBatch]:
         if kind == _END:
             return
         if kind == _ERROR:
-            _fail(channel.broadcast_text(""))
+            _fail(channel.broadcast_text(""), int(packed[1]))
         yield layout.unpack(packed)
 
 
-def _notice(layout: Layout, kind: int) -> torch.Tensor:
+def _notice(layout: Layout, kind: int, exit_code: int = 0) -> torch.Tensor:
     packed = layout.empty()
-    packed[0] = kind
+    packed[0], packed[1] = kind, exit_code
     return packed
 
 
-def _fail(reason: str) -> NoReturn:
-    raise DataError(f"the rank that reads for this one could not: {reason}")
+def _fail(reason: str, exit_code: int) -> NoReturn:
+    raise DataError(f"the rank that reads for this one could not: {reason}", exit_code)

@@ -165,7 +165,8 @@ class Engine:
         self._wrapped.eval()
         total = torch.zeros((), device=self.ranks.device)
         with torch.no_grad():
-            for _ in range(count):
+            for index in range(count):
+                self.pulse.enter(Phase.EVALUATE, index)
                 total += self._wrapped(*self._prepared(next(batches)).to(self.ranks.device))
         return self._mean_over_replicas(total / count)
 

@@ -12,9 +12,12 @@ import torch.distributed as dist
 from megagpt.errors import LaunchError
 from megagpt.parallel.interface import choose_interface, describe_interfaces
 from megagpt.parallel.launch import Launch
+from megagpt.parallel.meeting import meet
 from megagpt.plan import Plan
+from megagpt.plan.config import PATIENCE_WITH_SLOW_PHASES
 
-GROUP_TIMEOUT = timedelta(minutes=30)
+SHORTEST_GROUP_TIMEOUT = timedelta(minutes=30)
+LONGEST_GROUP_TIMEOUT = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def start_ranks(plan: Plan, launch: Launch) -> Ranks:
 
     Raises:
         LaunchError: there are more ranks than GPUs on this host, or the ranks cannot meet at the master's port.
+        RankError: others have not come there, which the first rank tells.
     """
     from megagpt.parallel.without_cuda import prepare_deepspeed, support_hosts_without_cuda
 
@@ -168,8 +172,10 @@ def start_ranks(plan: Plan, launch: Launch) -> Ranks:
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         try:
-            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=GROUP_TIMEOUT)
-        except dist.DistNetworkError as error:
+            meeting = meet(launch)
+            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=group_timeout(plan))
+            del meeting  # the process groups keep the port open now
+        except dist.DistError as error:
             raise LaunchError(_network_advice(launch, error)) from None
     return _join_groups(
         plan.tensor_parallel_size,
@@ -178,6 +184,14 @@ def start_ranks(plan: Plan, launch: Launch) -> Ranks:
         plan.expert_parallel_size,
         plan.run.training.seed,
     )
+
+
+def group_timeout(plan: Plan) -> timedelta:
+    """How long ranks wait for each other in a collective: longer than the watchdog, which tells who holds up whom."""
+    longest = PATIENCE_WITH_SLOW_PHASES * plan.run.supervision.hang_seconds
+    if longest == 0:
+        return LONGEST_GROUP_TIMEOUT
+    return max(SHORTEST_GROUP_TIMEOUT, timedelta(seconds=longest) + timedelta(minutes=10))
 
 
 def _network_advice(launch: Launch, error: Exception) -> str:

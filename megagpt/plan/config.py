@@ -299,6 +299,10 @@ class LoggingConfig(Section):
     progress lines only, and the latter beside the checkpoints."""
 
 
+PATIENCE_WITH_SLOW_PHASES = 6.0
+"""How many times `hang_seconds` loading and saving may take."""
+
+
 class SupervisionConfig(Section):
     """How a run that nobody watches is stopped in time, kept from harm and ended when it is stuck."""
 
@@ -308,7 +312,7 @@ class SupervisionConfig(Section):
     """End the job, with the stacks of all ranks and who waits for whom, once no rank has gone on for so long (six times
     as long while loading or saving); 0: never."""
     silent_seconds: Annotated[float, Field(gt=0)] = 30.0
-    """End the job once a rank's process is frozen, or its host is lost, for so long."""
+    """End the job once a rank's process is frozen, or its host is lost, for so long, and the others wait for it."""
     max_bad_steps: NonNegative = 3
     """A step whose loss or gradient is no number, or a spike, is computed again, and if it stays so its update is
     skipped; after so many in a row the run goes back to its last checkpoint and skips the samples from there on. 0:

@@ -28,7 +28,10 @@ def nearest_that_fits(plan: Plan, limit: int) -> str:
     deadline = time.monotonic() + SEARCH_SECONDS
     for words, run, deepspeed in _changes(plan):
         if time.monotonic() > deadline:
-            break
+            return (
+                f"no change that is estimated to fit into {limit / GIB:.2f} GiB per rank was found in "
+                f"{SEARCH_SECONDS:.0f} s; tools/plan.py shows what others need"
+            )
         if check_all(run, deepspeed, plan.world_size):
             continue
         changed = make_plan(run, deepspeed, plan.world_size)

@@ -135,6 +135,11 @@ class Plan:
         """Estimated bytes on one rank of the stage that needs most."""
         return max(self.memory_per_stage, key=lambda estimate: estimate.total)
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of one checkpoint: fp32 weights and the optimizer's moments."""
+        return self.num_parameters * 4 * (3 if self.run.optimizer.name == "adamw" else 1)
+
     def transformer_layers_of_stage(self, stage: int) -> range:
         """Transformer layers of one pipeline stage, counted from 0 over the whole model."""
         return transformer_layers_of_stage(self.stage_bounds, stage)

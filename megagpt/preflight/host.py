@@ -122,11 +122,6 @@ def check_limits() -> Finding:
     return ok("limits", f"{files:,} open files")
 
 
-def checkpoint_bytes(plan: Plan) -> int:
-    """Size of one checkpoint: fp32 weights and the optimizer's moments."""
-    return plan.num_parameters * 4 * (3 if plan.run.optimizer.name == "adamw" else 1)
-
-
 def check_disk(plan: Plan) -> Finding:
     """Room for the checkpoints that are kept, and one that is being written."""
     directory = plan.run.checkpoint.directory
@@ -137,8 +132,8 @@ def check_disk(plan: Plan) -> Finding:
         return _check_store(place)
     path = nearest_folder(directory)
     count = plan.run.checkpoint.keep_last + 1
-    need, free = count * checkpoint_bytes(plan), shutil.disk_usage(path).free
-    text = f"{count} checkpoints of {checkpoint_bytes(plan) / GIB:.2f} GiB, {free / GIB:.2f} GiB free in {path}"
+    need, free = count * plan.checkpoint_bytes, shutil.disk_usage(path).free
+    text = f"{count} checkpoints of {plan.checkpoint_bytes / GIB:.2f} GiB, {free / GIB:.2f} GiB free in {path}"
     if not os.access(path, os.W_OK):
         return failed("disk", f"{path} cannot be written to", "give a writable checkpoint.directory")
     if need > free:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megagpt.errors import MegagptError, StorageError
+from megagpt.errors import TRY_AGAIN, MegagptError, StorageError
 
 REQUEST_SECONDS = 60.0
 """Wait for one answer; a request that stays without one is sent again."""
@@ -156,7 +156,8 @@ def worded(url: str) -> Iterator[None]:
             raise StorageError(f"{url}: no valid credentials ({_text(error)}); {_credentials(url)}") from None
         raise StorageError(
             f"{url}: the store fails or cannot be reached ({type(error).__name__}: {_text(error)}); see that endpoint, "
-            "network and store are up, then start again"
+            "network and store are up, then start again",
+            TRY_AGAIN,
         ) from None
 
 

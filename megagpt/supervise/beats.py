@@ -131,6 +131,16 @@ class BeatFolder:
         except (OSError, ValidationError):
             return None
 
+    def claim(self, what: str) -> bool:
+        """Whether this is the first rank that asks to do something which one rank does for all."""
+        try:
+            (self.folder / f".{what}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        except OSError:  # the disk is full or gone: each rank for itself
+            return True
+        return True
+
     def want_stacks(self) -> None:
         """Ask each rank for its Python stack."""
         with contextlib.suppress(OSError):

@@ -6,7 +6,9 @@ import time
 from collections.abc import Mapping
 
 FIRST_SAVE_SECONDS = 60.0
-"""Taken for the length of a save until one has been measured."""
+"""Taken for the length of a save until one has been measured, if not longer by its size."""
+FIRST_SAVE_BYTES_PER_SECOND = 50e6
+"""And by each rank: little for a file system that ranks share, but what is too early costs minutes, too late a save."""
 LEAVING_SECONDS = 15.0
 """To close files and process groups."""
 
@@ -32,30 +34,40 @@ class Deadline:
     Args:
         ends_at: when the job is ended, seconds since the epoch; None: never.
         stop_at: when the run shall have stopped by itself, likewise.
+        bytes_per_rank: of a checkpoint.
     """
 
-    def __init__(self, ends_at: float | None, stop_at: float | None = None):
+    def __init__(self, ends_at: float | None, stop_at: float | None = None, bytes_per_rank: int = 0):
         self.ends_at = min((moment for moment in (ends_at, stop_at) if moment is not None), default=None)
+        self._first_save_seconds = max(FIRST_SAVE_SECONDS, bytes_per_rank / FIRST_SAVE_BYTES_PER_SECOND)
         self._save_seconds: float | None = None
-        self._step_seconds = 0.0
+        self._step_seconds = self._evaluation_seconds = 0.0
 
     def note_step(self, seconds: float) -> None:
-        """Remember how long a step took, with what was evaluated after it; the slow ones weigh for long."""
+        """Remember how long a step took; the slow ones weigh for long."""
         self._step_seconds = max(seconds, 0.9 * self._step_seconds)
+
+    def note_evaluation(self, seconds: float) -> None:
+        """Remember how long an evaluation took; the slowest one counts."""
+        self._evaluation_seconds = max(seconds, self._evaluation_seconds)
 
     def note_save(self, seconds: float) -> None:
         """Remember how long a save took, until it was whole; the slowest one counts."""
         self._save_seconds = max(seconds, self._save_seconds or 0.0)
 
-    @property
-    def seconds_needed(self) -> float:
-        """From the moment of asking to the end of this process: two more steps until all ranks know, half as much
-        again as the slowest save, and the way out."""
-        save = FIRST_SAVE_SECONDS if self._save_seconds is None else 1.5 * self._save_seconds
-        return 2 * self._step_seconds + save + LEAVING_SECONDS
+    def seconds_needed(self, evaluations: int = 0) -> float:
+        """From the moment of asking to the end of this process: two more steps until all ranks know, the evaluations
+        that are due by then, half as much again as the slowest save, and the way out."""
+        save = self._first_save_seconds if self._save_seconds is None else 1.5 * self._save_seconds
+        return 2 * self._step_seconds + evaluations * self._evaluation_seconds + save + LEAVING_SECONDS
 
-    def is_near(self, now: float | None = None) -> bool:
-        """Whether the save should start."""
+    def is_near(self, evaluations: int = 0, now: float | None = None) -> bool:
+        """Whether the save should start.
+
+        Args:
+            evaluations: see `seconds_needed`.
+            now: seconds since the epoch, if not the present.
+        """
         if self.ends_at is None:
             return False
-        return self.ends_at - (time.time() if now is None else now) <= self.seconds_needed
+        return self.ends_at - (time.time() if now is None else now) <= self.seconds_needed(evaluations)

@@ -11,13 +11,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megagpt.errors import LaunchError, MegagptError
+from megagpt.errors import TRY_AGAIN, LaunchError, MegagptError
 from megagpt.plan import RunConfig
 from megagpt.storage import Location, RemotePath, location
 from megagpt.storage.steps import step_folders, step_of
 from megagpt.supervise.beats import FOLDER, BeatFolder, Verdict
 from megagpt.supervise.exclusion import ask, followers, keep_off
-from megagpt.supervise.watchdog import EXIT_CODE
 
 RECORD = "restarts.jsonl"
 FINISHED = 3
@@ -118,7 +117,7 @@ def end(
     if status == MegagptError.exit_code:
         say("not started again: the error is one to be mended")
         return status
-    job, unfinished = environ.get("SLURM_JOB_ID"), status or EXIT_CODE
+    job, unfinished = environ.get("SLURM_JOB_ID"), status or TRY_AGAIN
     if job is None or (ask("squeue", "--noheader", "--jobs", job, "--format=%T") or "").strip() != "RUNNING":
         say("not started again: the job was cancelled, or is none of Slurm's")
         return unfinished

@@ -3,29 +3,27 @@
 import contextlib
 import os
 import re
-import socket
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-import torch
-
-from megagpt.errors import DataError, MegagptError, RankError, UnreliableError
+from megagpt.errors import TRY_AGAIN, DataError, MegagptError, RankError, UnreliableError
+from megagpt.launchers import host_name
 from megagpt.parallel.ranks import Ranks
-from megagpt.plan import Plan, describe
-from megagpt.plan.fitting import nearest_that_fits
+from megagpt.plan import Plan
+from megagpt.plan.fitting import SEARCH_SECONDS
 from megagpt.supervise.beats import FOLDER, BeatFolder
+from megagpt.supervise.memory import Memory, advice, exhausted_memory, shortage
 from megagpt.supervise.pulse import Pulse
-from megagpt.supervise.watchdog import EXIT_CODE, Limits, Place, Watchdog
+from megagpt.supervise.watchdog import Limits, Place, Watchdog
 
 _OTHERS_VERDICT_SECONDS = 5.0
 _LOST_PEER = re.compile(
     "Connection closed by peer|Connection reset by peer|Broken pipe|remote process has exited|ncclRemoteError"
     "|Timed out waiting .* for (recv|send) operation|Socket Timeout"
 )
-_OUT_OF_HOST_MEMORY = re.compile("can't allocate memory|Cannot allocate memory|bad_alloc")
+_SEARCH = "out-of-memory"
 
 
 @contextlib.contextmanager
@@ -42,6 +40,8 @@ def watch(plan: Plan, ranks: Ranks) -> Iterator[Pulse]:
     watchdog = None if folder is None else Watchdog(folder, place_of(ranks), _limits(plan), _say)
     with watchdog or contextlib.nullcontext():
         try:
+            if watchdog is not None:
+                watchdog.meet(ranks.gather_objects(watchdog.first_beat))
             yield Pulse() if watchdog is None else watchdog.pulse
         except Exception as error:
             worded = _worded(error, plan, ranks, watchdog)
@@ -90,7 +90,7 @@ def _say(text: str) -> None:
 
 def _worded(error: Exception, plan: Plan, ranks: Ranks, watchdog: Watchdog | None) -> Exception:
     """The error to raise in place of one that came out of the run."""
-    name = f"rank {ranks.rank} on {socket.gethostname()}"
+    name = f"rank {ranks.rank} on {host_name()}"
     text = str(error)
     if isinstance(error, DataError):
         _failed(watchdog, f"{name}: {error}", error.exit_code)
@@ -99,14 +99,22 @@ def _worded(error: Exception, plan: Plan, ranks: Ranks, watchdog: Watchdog | Non
         watchdog.failed(str(error), error.exit_code, error.suspects)
     if isinstance(error, MegagptError):  # raised by all ranks together
         return error
+    if (memory := exhausted_memory(error)) is not None:
+        return _out_of_memory(memory, f"{name}: {shortage(memory, plan, ranks, text)}", plan, ranks, watchdog)
     if _LOST_PEER.search(text):
         return _lost_peer(name, watchdog)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _OUT_OF_HOST_MEMORY.search(text):
-        text = f"{name}: {out_of_memory(plan, ranks, text)}"
-        _failed(watchdog, text, RankError.exit_code)
-        return RankError(text)
-    _failed(watchdog, f"{name}: {type(error).__name__}: {text.strip()}", EXIT_CODE)
+    _failed(watchdog, f"{name}: {type(error).__name__}: {text.strip()}", TRY_AGAIN)
     return error
+
+
+def _out_of_memory(memory: Memory, text: str, plan: Plan, ranks: Ranks, watchdog: Watchdog | None) -> RankError:
+    """Of the ranks that run out together, the first one looks for what would fit; the others wait for it."""
+    if watchdog is None or watchdog.folder.claim(_SEARCH):
+        text = f"{text}\n{advice(memory, plan, ranks)}"
+        _failed(watchdog, text, RankError.exit_code)
+    else:
+        watchdog.verdict_within(SEARCH_SECONDS + _OTHERS_VERDICT_SECONDS)
+    return RankError(text)
 
 
 def _failed(watchdog: Watchdog | None, text: str, exit_code: int) -> None:
@@ -115,39 +123,10 @@ def _failed(watchdog: Watchdog | None, text: str, exit_code: int) -> None:
 
 
 def _lost_peer(name: str, watchdog: Watchdog | None) -> RankError:
-    if watchdog is not None and watchdog.verdict_within(_OTHERS_VERDICT_SECONDS) is not None:
-        return RankError("", EXIT_CODE)  # said by the rank that knows
+    if watchdog is not None and (verdict := watchdog.verdict_within(_OTHERS_VERDICT_SECONDS)) is not None:
+        return RankError("", verdict.exit_code)  # said by the rank that knows
     return RankError(
         f"{name}: another rank has ended or was killed; look for its message, or for the kernel's if it ran out of "
         "memory",
-        EXIT_CODE,
-    )
-
-
-def out_of_memory(plan: Plan, ranks: Ranks, reason: str) -> str:
-    """What to say after an allocation has failed: the reason, the Plan's table, and what would fit.
-
-    Args:
-        plan: of the run.
-        ranks: this rank, and the device that is full.
-        reason: the library's words.
-    """
-    if ranks.device.type == "cuda":
-        capacity = torch.cuda.get_device_properties(ranks.device).total_memory
-        where = f"its GPU has {capacity / 2**30:.1f} GiB"
-    else:
-        on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or ranks.world_size
-        capacity = psutil.virtual_memory().total // on_host
-        where = f"its host has {capacity / 2**30:.1f} GiB for each of its ranks"
-    # It was too much, whatever had been estimated: what is advised must be well below.
-    limit = min(int(0.85 * capacity), int(0.8 * plan.memory.total))
-    table = describe(plan).partition("estimated memory")
-    rows = table[2].split("\n\n")[0].splitlines()[: plan.pipeline_parallel_size + 2]
-    first = (reason.strip().splitlines() or ["no memory left"])[0]
-    return "\n".join(
-        [
-            f"out of memory in stage {ranks.pipeline_rank} of {plan.pipeline_parallel_size}; {where} ({first})",
-            table[1] + "\n".join(rows),
-            nearest_that_fits(plan, limit),
-        ]
+        TRY_AGAIN,
     )

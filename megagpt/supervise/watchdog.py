@@ -14,20 +14,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from megagpt.errors import MegagptError, RankError
+from megagpt.errors import TRY_AGAIN, MegagptError, RankError
 from megagpt.launchers import host_name
+from megagpt.plan.config import PATIENCE_WITH_SLOW_PHASES
 from megagpt.supervise.beats import Beat, BeatFolder, Verdict, process_start, process_state
 from megagpt.supervise.pulse import SLOW_PHASES, Phase, Pulse
 from megagpt.supervise.verdict import Condition, Seen, describe_lost, explain
 
-EXIT_CODE = 75
-"""EX_TEMPFAIL: started again, the job may well succeed."""
-PATIENCE_WITH_SLOW_PHASES = 6.0
 LOOK_SECONDS = 1.0
 _WAITING_FILES = ("queue.py", "threading.py")
 """A wait for a thread is told as the wait of who has called them."""
@@ -52,7 +50,7 @@ class Limits:
     stuck: float
     """Without a new phase on any rank."""
     silent: float = 30.0
-    """Without a beat of a rank: its process is frozen, or its host is lost."""
+    """Without a beat of a rank, and without a new phase on those that beat: its process is frozen, or its host lost."""
     grace: float = 3.0
     """Left to the main thread to end by itself once the job is over; and to all ranks to write their stacks."""
 
@@ -83,7 +81,7 @@ class Watchdog:
         self._pid_started = process_start(self._pid)
         self._number, self._last_beat, self._where = 0, 0.0, ""
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> its last number, and when it was new
-        self._neighbours: dict[int, Beat] | None = None
+        self._neighbours: list[Beat] = []  # as they were when they were met
         self._stopped: dict[int, float] = {}  # ranks of this host found stopped, and since when
         self._main = threading.main_thread().ident
         self._over = threading.Event()
@@ -92,7 +90,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         self._locked_stack = self.folder.stack_path(self.place.rank).with_suffix(".locked").open("wb", buffering=0)
-        self._beat()
+        self.first_beat = self._beat()
         self._thread.start()
         return self
 
@@ -112,6 +110,14 @@ class Watchdog:
                 self._beat()
             except OSError:  # on a disk that is full, which may be why
                 self.folder.withdraw(self.place.rank)
+
+    def meet(self, beats: Sequence[Beat]) -> None:
+        """Look after the ranks of this host from now on.
+
+        Args:
+            beats: the first ones of all ranks, which all watch by now.
+        """
+        self._neighbours = [beat for beat in beats if beat.host == self._host and beat.rank != self.place.rank]
 
     def failed(self, text: str, exit_code: int, unreliable: dict[int, str] | None = None) -> Verdict:
         """Pass the verdict that this rank has met an error; returns the one that holds, which may be another rank's.
@@ -167,32 +173,32 @@ class Watchdog:
         if verdict is not None and not self._over.is_set():
             self._end(verdict)
 
-    def _beat(self) -> None:
+    def _beat(self) -> Beat:
         moment = self.pulse.now
         self._number += 1
         self._last_beat = time.monotonic()
         still_for = self._last_beat - moment.since
         place = self.place
-        self.folder.write(
-            Beat(
-                rank=place.rank,
-                host=self._host,
-                pid=self._pid,
-                pid_started=self._pid_started,
-                stage=place.stage,
-                data=place.data,
-                context=place.context,
-                tensor=place.tensor,
-                step=moment.step,
-                microbatch=moment.microbatch,
-                phase=moment.phase,
-                count=moment.entered,
-                number=self._number,
-                still_for=still_for,
-                is_stuck=self._is_stuck(moment.phase, still_for),
-                where=self._where,
-            )
+        beat = Beat(
+            rank=place.rank,
+            host=self._host,
+            pid=self._pid,
+            pid_started=self._pid_started,
+            stage=place.stage,
+            data=place.data,
+            context=place.context,
+            tensor=place.tensor,
+            step=moment.step,
+            microbatch=moment.microbatch,
+            phase=moment.phase,
+            count=moment.entered,
+            number=self._number,
+            still_for=still_for,
+            is_stuck=self._is_stuck(moment.phase, still_for),
+            where=self._where,
         )
+        self.folder.write(beat)
+        return beat
 
     def _is_stuck(self, phase: Phase, still_for: float) -> bool:
         patience = self.limits.stuck * (PATIENCE_WITH_SLOW_PHASES if phase in SLOW_PHASES else 1.0)
@@ -215,15 +221,8 @@ class Watchdog:
 
     def _lost_neighbour(self) -> Verdict | None:
         """A rank of this host whose process is gone or stopped: its host's ranks know first, and best."""
-        if self._neighbours is None:
-            beats = [self.folder.read(rank) for rank in range(self.place.world_size)]
-            if any(beat is None for beat in beats):  # some are still starting
-                return None
-            self._neighbours = {
-                beat.rank: beat for beat in beats if beat and beat.host == self._host and beat.rank != self.place.rank
-            }
         now = time.monotonic()
-        for beat in self._neighbours.values():
+        for beat in self._neighbours:
             state = process_state(beat.pid, beat.pid_started)
             stopped_since = self._stopped.setdefault(beat.rank, now) if state and "stopped" in state else None
             if stopped_since is None:
@@ -243,10 +242,9 @@ class Watchdog:
 
     def _is_first(self) -> bool:
         """Whether no rank before this one is healthy enough to judge."""
-        return all(self._condition(rank) != "alive" for rank in range(self.place.rank))
+        return all(self._condition(rank, self.folder.read(rank)) != "alive" for rank in range(self.place.rank))
 
-    def _condition(self, rank: int) -> Condition:
-        beat = self.folder.read(rank)
+    def _condition(self, rank: int, beat: Beat | None) -> Condition:
         now = time.monotonic()
         number = -1 if beat is None else beat.number
         known, since = self._heard.get(rank, (None, now))
@@ -259,14 +257,8 @@ class Watchdog:
         seen = self._all_ranks()
         if seen is None:
             return None
-        silent = [rank for rank in seen if rank.condition != "alive"]
-        if any(self._is_left_to_neighbours(rank, seen) for rank in silent):
-            return None
-        if silent:
-            sentences = [describe_lost(rank) for rank in silent[:4]]
-            if len(silent) > 4:
-                sentences.append(f"and so it is with {len(silent) - 4} more ranks")
-            return self._pass("lost", "; ".join(sentences), [rank.beat for rank in silent])
+        if silent := [rank for rank in seen if rank.condition != "alive"]:
+            return self._judge_silent(silent, seen)
         if not all(rank.beat.is_stuck for rank in seen):
             return None
         self.folder.want_stacks()
@@ -278,18 +270,31 @@ class Watchdog:
         text, culprits = explain(seen, str(self.folder.folder / "stack-*.txt"))
         return self._pass("stuck", text, [culprit.beat for culprit in culprits])
 
-    def _is_left_to_neighbours(self, silent: Seen, seen: list[Seen]) -> bool:
+    def _judge_silent(self, silent: list[Seen], seen: list[Seen]) -> Verdict | None:
+        """Ranks whose beats do not come any more are lost once those that are heard stand still as well: as long as
+        they go on, so do the silent ones, and it is only that these cannot write."""
+        heard = [rank for rank in seen if rank.condition == "alive" and rank.beat.phase != Phase.LEFT]
+        if any(rank.beat.still_for < self.limits.silent for rank in heard):
+            return None
+        if any(self._is_left_to_neighbours(rank, heard) for rank in silent):
+            return None
+        sentences = [describe_lost(rank) for rank in silent[:4]]
+        if len(silent) > 4:
+            sentences.append(f"and so it is with {len(silent) - 4} more ranks")
+        return self._pass("lost", "; ".join(sentences), [rank.beat for rank in silent])
+
+    def _is_left_to_neighbours(self, silent: Seen, heard: list[Seen]) -> bool:
         """Whether a rank of another host is soon to be judged by others there, which see what its process is doing."""
         host = silent.beat.host
-        has_neighbours = any(other.beat.host == host and other.condition == "alive" for other in seen)
+        has_neighbours = any(other.beat.host == host for other in heard)
         silent_for = time.monotonic() - self._heard[silent.beat.rank][1]
         return host != self._host and has_neighbours and silent_for < 2 * self.limits.silent
 
     def _all_ranks(self) -> list[Seen] | None:
         seen = []
         for rank in range(self.place.world_size):
-            condition = "alive" if rank == self.place.rank else self._condition(rank)
             beat = self.folder.read(rank)
+            condition = "alive" if rank == self.place.rank else self._condition(rank, beat)
             if beat is None:
                 return None
             detail = ""
@@ -307,7 +312,7 @@ class Watchdog:
             text=text,
             culprits=[beat.rank for beat in culprits],
             hosts=sorted({beat.host for beat in culprits}),
-            exit_code=EXIT_CODE,
+            exit_code=TRY_AGAIN,
         )
         holds = self.folder.pass_verdict(verdict)
         if holds == verdict:
@@ -320,7 +325,7 @@ class Watchdog:
         """Let the main thread end by itself; if it cannot, end it, and kill the frozen ranks of this host."""
         if verdict.kind != "stuck" and self._over.wait(self.limits.grace):
             return
-        for beat in (self._neighbours or {}).values():
+        for beat in self._neighbours:
             if beat.rank in verdict.culprits and process_state(beat.pid, beat.pid_started) is not None:
                 with contextlib.suppress(OSError):
                     os.kill(beat.pid, signal.SIGKILL)

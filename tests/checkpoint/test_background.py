@@ -1,5 +1,6 @@
 """Saves beside training: what is written is the state of the step, failures stop all ranks, little is deleted."""
 
+import errno
 import os
 import threading
 import time
@@ -62,8 +63,8 @@ def save_at_once(plan) -> None:
     run.save()
 
 
-def fail_in_the_background(plan) -> tuple[int, str]:
-    """The step and the words with which this rank learns that rank 1 could not write."""
+def fail_in_the_background(plan, number: int) -> tuple[int, str, int]:
+    """The step, the words and the exit status with which this rank learns that rank 1 could not write."""
     import megagpt.checkpoint.checkpoints as module
     from megagpt.errors import CheckpointError
 
@@ -73,27 +74,33 @@ def fail_in_the_background(plan) -> tuple[int, str]:
     run.checkpoints.wait()
     if os.environ["RANK"] == "1":
 
-        def full_disk(path, tensors):
-            raise OSError(28, "No space left on device", str(path))
+        def failing_disk(path, tensors):
+            raise OSError(number, os.strerror(number), str(path))
 
-        module.write_tensors = full_disk
+        module.write_tensors = failing_disk
     run.step()
     run.save()
     for _ in range(200):
         try:
             run.step()
         except CheckpointError as error:
-            return run.state.step, str(error)
+            return run.state.step, str(error), error.exit_code
         time.sleep(0.01)
-    return 0, "nothing was said"
+    return 0, "nothing was said", 0
 
 
-def test_a_failure_in_the_background_stops_all_ranks_at_the_same_step(tmp_path):
-    outcomes = run_ranks(fail_in_the_background, 2, plan_in(tmp_path, pp=2))
-    assert len({step for step, _ in outcomes}) == 1
+@pytest.mark.parametrize(
+    ("number", "advice", "status"),
+    [(errno.ENOSPC, "free space or mend the folder, then", 2), (errno.EIO, "this may pass by itself:", 75)],
+)
+def test_a_failure_in_the_background_stops_all_ranks_at_the_same_step(tmp_path, number, advice, status):
+    outcomes = run_ranks(fail_in_the_background, 2, plan_in(tmp_path, pp=2), number)
+    assert len({step for step, *_ in outcomes}) == 1
     assert outcomes[0][0] > 2
-    for _, said in outcomes:
-        assert "step-00000002: could not be saved (rank 1: [Errno 28] No space left on device" in said
+    for _, said, exit_code in outcomes:
+        assert f"step-00000002: could not be saved (rank 1: [Errno {number}] {os.strerror(number)}" in said
+        assert f"; {advice} start again" in said
+        assert exit_code == status, "of a process that is to be started again, or not"
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("step-")) == ["step-00000001"]
 
 

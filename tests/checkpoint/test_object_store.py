@@ -258,7 +258,7 @@ def test_a_store_that_is_lost_stops_all_ranks_and_costs_no_checkpoint(libraries,
     for _, said in outcomes:
         assert f"{bucket}/run/step-00000002: could not be saved (rank 0: {bucket}/run" in said
         assert "the store fails or cannot be reached" in said
-        assert said.endswith("; mend that, then start again")
+        assert said.endswith("; this may pass by itself: start again")
     for said in told:
         assert f"{bucket}/run: the store fails or cannot be reached" in said
     assert run_ranks(resumed_step, 2, plan) == [1, 1], "nothing was taken for damaged"

@@ -192,6 +192,8 @@ def test_found_by_the_checksums(folder, corruption):
     with pytest.raises(DataError, match="has sha256"):
         inspect_dataset(folder / "d", verify=True)
     assert damaged_datasets(config(folder)) == [], "only if asked for"
+    shared = [damaged_datasets(config(folder, verify_checksums=True), part, 2) for part in range(2)]
+    assert [len(problems) for problems in shared] == [1, 0], "the other one looks at what there is beside it"
     (problem,) = damaged_datasets(config(folder, verify_checksums=True))
     assert "the file was damaged or replaced" in problem
 

@@ -159,8 +159,10 @@ def test_what_is_forbidden_is_told(bucket, monkeypatch):
         raise PermissionError("Access Denied.")  # s3fs's for S3's AccessDenied, InvalidAccessKeyId and the like
 
     monkeypatch.setattr(filesystem.filesystem(bucket), "pipe_file", refuse)
-    with pytest.raises(StorageError, match=r"access is denied \(Access Denied\); give credentials that may list, read"):
+    denied = r"access is denied \(Access Denied\); give credentials that may list, read"
+    with pytest.raises(StorageError, match=denied) as failure:
         location(bucket).require_writable()
+    assert failure.value.exit_code == 2, "it will not pass by itself"
 
 
 def test_an_endpoint_that_is_not_there_is_told_soon(bucket, fresh, monkeypatch):
@@ -170,6 +172,7 @@ def test_an_endpoint_that_is_not_there_is_told_soon(bucket, fresh, monkeypatch):
         (location(bucket) / "x").read_bytes()
     assert time.monotonic() - started < 10
     assert "never-to-be-printed" not in str(failure.value)
+    assert failure.value.exit_code == 75, "it may be there later"
 
 
 def test_a_server_that_says_nothing_is_given_up(store, bucket, fresh, monkeypatch):

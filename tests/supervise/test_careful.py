@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,9 @@ def plan_in(folder: Path, dataset: dict, *, save_interval: int = 2, dropout: flo
     return tiny_plan("llama", ADAM, steps=STEPS, dropout=dropout, sections=sections, **{"tp": 2, "dp": 2, **layout})
 
 
-def train_with(plan, fault: str, steps: tuple[int, ...]) -> str:
-    """Train; rank 1 meets a fault at calls of the engine's step, counted from 1; what rank 0 says."""
+def train_with(plan, fault: str, steps: tuple[int, ...], stop_at: int = 0) -> str:
+    """Train; rank 1 meets a fault at calls of the engine's step, counted from 1, and is told to stop in one of them;
+    what rank 0 says."""
     import contextlib
     import io
 
@@ -41,7 +43,10 @@ def train_with(plan, fault: str, steps: tuple[int, ...]) -> str:
     take, calls, hooked = Engine.train_step, iter(range(1, 1000)), []
 
     def train_step(self, *args, **kwargs):
-        now = next(calls) in steps and os.environ["RANK"] == "1"
+        call, is_rank_1 = next(calls), os.environ["RANK"] == "1"
+        now = call in steps and is_rank_1
+        if call == stop_at and is_rank_1:
+            os.kill(os.getpid(), signal.SIGTERM)
         parameter = next(iter(self.parameters.values()))
         if fault == "gradient" and not hooked:
             hooked.append(parameter.register_hook(lambda grad: grad * float("nan") if hooked[-1] is True else grad))
@@ -63,6 +68,10 @@ def train_with(plan, fault: str, steps: tuple[int, ...]) -> str:
 def curve(folder: Path) -> list[tuple]:
     records = map(json.loads, (folder / "logs" / "metrics.jsonl").read_text().splitlines())
     return [(r["step"], r["loss"], r["grad_norm"]) for r in records if r["split"] == "train"]
+
+
+def saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +97,25 @@ def test_a_bad_batch_is_skipped_and_written_down(undisturbed, dataset, tmp_path)
     assert [step for step, *_ in curve(tmp_path)] == list(range(1, STEPS + 1))
     (skipped,) = map(json.loads, (tmp_path / "logs" / "skipped.jsonl").read_text().splitlines())
     assert (skipped["step"], skipped["samples"]) == (3, [16, 24])
-    saved = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
-    assert saved == ["step-00000006", "step-00000008"], "none of step 3, whose weights were in doubt"
+    steps = re.findall(r"saved .*/step-0+(\d+) in", said)
+    assert steps == ["4", "6", "8"], "not step 3, whose weights were in doubt, but the next one"
+
+
+def test_a_run_that_is_stopped_at_a_bad_step_saves_after_the_next_one(dataset, tmp_path) -> None:
+    plan = plan_in(tmp_path, dataset)
+    said, *_ = run_ranks(train_with, 4, plan, "gradient", (3, 4), 2)
+    assert said.splitlines()[-1] == "step 4/8  stopped by a signal; the same command goes on from here"
+    assert saved(tmp_path) == ["step-00000002", "step-00000004"]
+
+
+def test_a_run_that_is_stopped_among_bad_steps_says_where_it_goes_on(dataset, tmp_path) -> None:
+    plan = plan_in(tmp_path, dataset)
+    said, *_ = run_ranks(train_with, 4, plan, "gradient", (3, 4, 5, 6), 2)
+    assert said.splitlines()[-1] == (
+        "step 4/8  stopped by a signal; the last steps were bad, so nothing was saved; the same command goes on from "
+        "step 2"
+    )
+    assert saved(tmp_path) == ["step-00000002"]
 
 
 def test_after_some_in_a_row_the_run_goes_back_and_skips_their_samples(dataset, tmp_path) -> None:

@@ -6,10 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import tiny_plan
 
 from megagpt.signals import StopSignal
 from megagpt.supervise.deadline import FIRST_SAVE_SECONDS, LEAVING_SECONDS, Deadline, end_of_job
 from megagpt.supervise.stopping import Stopping
+from megagpt.train import evaluations_ahead
 
 
 class OwnVotes:
@@ -47,16 +49,49 @@ def test_without_squeue_there_is_no_known_end(monkeypatch: pytest.MonkeyPatch, t
 
 def test_the_save_starts_early_enough_for_what_was_measured() -> None:
     deadline = Deadline(ends_at=1000.0)
-    assert deadline.seconds_needed == FIRST_SAVE_SECONDS + LEAVING_SECONDS
+    assert deadline.seconds_needed() == FIRST_SAVE_SECONDS + LEAVING_SECONDS
     deadline.note_step(4.0)
     deadline.note_step(2.0)
-    assert deadline.seconds_needed == pytest.approx(2 * 3.6 + FIRST_SAVE_SECONDS + LEAVING_SECONDS)
+    assert deadline.seconds_needed() == pytest.approx(2 * 3.6 + FIRST_SAVE_SECONDS + LEAVING_SECONDS)
     deadline.note_save(20.0)
     deadline.note_save(10.0)
     needed = 2 * 3.6 + 1.5 * 20.0 + LEAVING_SECONDS
-    assert deadline.seconds_needed == pytest.approx(needed), "the slowest save counts"
+    assert deadline.seconds_needed() == pytest.approx(needed), "the slowest save counts"
     assert not deadline.is_near(now=1000.0 - needed - 0.1)
     assert deadline.is_near(now=1000.0 - needed + 0.1)
+
+
+def test_a_large_checkpoint_is_begun_earlier_until_its_save_is_measured() -> None:
+    deadline = Deadline(1000.0, bytes_per_rank=13_000_000_000)
+    assert deadline.seconds_needed() == 260.0 + LEAVING_SECONDS
+    deadline.note_save(400.0)
+    assert deadline.seconds_needed() == 600.0 + LEAVING_SECONDS
+
+
+def test_a_long_evaluation_is_remembered_until_the_next_one() -> None:
+    deadline = Deadline(1000.0)
+    deadline.note_evaluation(600.0)
+    for _ in range(100):
+        deadline.note_step(1.0)
+    assert deadline.is_near(evaluations=1, now=330.0)
+    assert not deadline.is_near(evaluations=0, now=330.0)
+
+
+@pytest.mark.parametrize(("step", "ahead"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)])
+def test_evaluations_are_counted_until_the_run_can_stop_again(step: int, ahead: int) -> None:
+    plan = tiny_plan(steps=6, sections={"training": {"eval_interval": 3}})
+    assert evaluations_ahead(plan, step) == ahead
+
+
+def test_an_evaluation_is_no_part_of_a_step(stop_signal: StopSignal, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stopping = Stopping(stop_signal, Deadline(None), OwnVotes())
+    now[0] += 50.0
+    stopping.note_evaluation(50.0)
+    now[0] += 2.0
+    stopping.after_step()
+    assert stopping.deadline.seconds_needed(1) == 2 * 2.0 + 50.0 + FIRST_SAVE_SECONDS + LEAVING_SECONDS
 
 
 def test_the_earlier_limit_counts_and_none_is_never_near() -> None:

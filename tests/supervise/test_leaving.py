@@ -2,6 +2,7 @@
 
 import os
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ def watched(folder: Path, rank: int) -> Watchdog:
     return Watchdog(BeatFolder(folder), place, LIMITS, say=lambda text: None, leave=lambda code: None)
 
 
-def leave_with(folder: Path, error: Exception, disk_is_full: bool) -> None:
+def leave_with(folder: Path, error: Exception, disk_is_full: bool, first) -> None:
     """What rank 1 does, in a process of its own, once rank 0 watches it."""
     try:
         with watched(folder, 1) as watchdog:
+            first.send(watchdog.first_beat)
             time.sleep(3 * module.LOOK_SECONDS)
             if disk_is_full:
 
@@ -47,10 +49,12 @@ def leave_with(folder: Path, error: Exception, disk_is_full: bool) -> None:
 def test_only_who_fails_alone_is_lost(tmp_path, monkeypatch, error, disk_is_full, is_lost):
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.1)
     with watched(tmp_path, 0) as watchdog:
+        receiver, sender = Pipe(duplex=False)
         child = os.fork()
         if child == 0:
-            leave_with(tmp_path, error, disk_is_full)
+            leave_with(tmp_path, error, disk_is_full, sender)
             os._exit(0)
+        watchdog.meet([watchdog.first_beat, receiver.recv()])
         os.waitpid(child, 0)
         time.sleep(5 * module.LOOK_SECONDS)
         verdict = watchdog.folder.verdict()

@@ -27,8 +27,8 @@ def plan_in(folder: Path, dataset: dict, read_by: str = "all", **supervision):
     return tiny_plan("llama", ADAM, tp=2, pp=2, sections=sections)
 
 
-def train_with_fault(plan, fault: str) -> None:
-    """Train; one rank, the first if only that one reads, meets the fault while it reads its 12th sample or so."""
+def train_with_fault(plan, fault: str, everywhere: bool = False) -> None:
+    """Train; one rank (or each), the first if only that one reads, meets the fault while it reads its 12th sample."""
     from megagpt.data.samples import SampleStream
     from megagpt.parallel.launch import detect_launch
     from megagpt.signals import StopSignal
@@ -46,7 +46,7 @@ def train_with_fault(plan, fault: str) -> None:
     }
 
     def sample(self, index: int):
-        if rank == faulty and index == 12:
+        if (rank == faulty or everywhere) and index == 12:
             faults[fault]()
         return read(self, index)
 
@@ -57,11 +57,11 @@ def train_with_fault(plan, fault: str) -> None:
         print(f"left after {sys.exc_info()[0]}")
 
 
-def report_of(plan, fault: str, seconds: float) -> tuple[str, str]:
+def report_of(plan, fault: str, seconds: float, everywhere: bool = False) -> tuple[str, str]:
     """What is reported, and the ranks' own errors; the job has ended within `seconds`."""
     started = time.monotonic()
     with pytest.raises(RankFailedError) as failure:
-        run_ranks(train_with_fault, 4, plan, fault, timeout=100)
+        run_ranks(train_with_fault, 4, plan, fault, everywhere, timeout=100)
     assert time.monotonic() - started < seconds
     (folder,) = (Path(plan.run.logging.directory) / "watchdog").iterdir()
     return (folder / "report.txt").read_text(), str(failure.value)
@@ -115,6 +115,13 @@ def test_lack_of_memory_shows_the_plan_and_what_would_fit(dataset, tmp_path) -> 
         assert "out of memory in stage 0 of 2; its host has " in text
         assert "estimated memory per rank in MiB" in text
         assert "nearest change that is estimated to fit" in text
+
+
+def test_ranks_that_lack_memory_together_show_the_plan_once(dataset, tmp_path) -> None:
+    report, errors = report_of(plan_in(tmp_path, dataset), "memory", 30, everywhere=True)
+    assert report.count("estimated memory per rank in MiB") == 1
+    assert errors.count("estimated memory per rank in MiB") == 1
+    assert errors.count("out of memory in stage 0 of 2") == 2, "the others have waited for their activations"
 
 
 def test_nothing_is_left_of_a_run_that_ends_well(dataset, tmp_path) -> None:
