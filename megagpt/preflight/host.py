@@ -5,6 +5,7 @@ import platform
 import resource
 import shutil
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -42,21 +43,23 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_host(plan: Plan, ranks_on_host: int) -> list[Finding]:
-    """All findings about this host.
+def checks(plan: Plan, ranks_on_host: int | None, is_first: bool) -> dict[str, Callable[[], Finding]]:
+    """All checks of this host by name.
 
     Args:
         plan: of the run.
-        ranks_on_host: how many of its ranks this host has.
+        ranks_on_host: how many of its ranks this host has; None: not known, as the run is not started yet.
+        is_first: whether this is the one host that tries out what all of them share.
     """
-    return [
-        check_devices(ranks_on_host),
-        check_memory(plan, ranks_on_host),
-        check_shared_memory(),
-        check_limits(),
-        check_disk(plan),
-        check_data(plan),
-    ]
+    ranks = ranks_on_host or plan.world_size
+    return {
+        "devices": lambda: check_devices(ranks),
+        "memory": lambda: check_memory(plan, ranks),
+        "shared memory": check_shared_memory,
+        "limits": check_limits,
+        "disk": lambda: check_disk(plan),
+        "data": lambda: check_data(plan),
+    }
 
 
 def check_devices(ranks_on_host: int) -> Finding:
