@@ -25,7 +25,7 @@ from megagpt.preflight.worker import NoAnswerError, Worker
 
 READY_SECONDS = 120.0
 """In which a GPU must start."""
-PAIR_SECONDS = 30.0
+PAIR_SECONDS = 45.0
 ALL_SECONDS = 60.0
 SLOW_SHARE = 0.3
 """Of the median pair's speed."""
@@ -93,14 +93,15 @@ def judge_sums(sums: list[Sum], backend: str, extent: str) -> list[Finding]:
         return [failed(_CHECK, f"{backend}, {extent}: {some(pairs, '; ')}", _ADVICE)]
     speeds = [_NUMBERS[backend] * 4 * 8 / one.seconds / 1e9 for one in sums]
     median = statistics.median(speeds)
-    findings = [
-        warning(_CHECK, f"{backend}: {' and '.join(one.hosts)} sum {speed:.2f} Gbit/s over ranks {one.ranks[0]} and "
-                f"{one.ranks[1]} (median {median:.2f})",
-                "look at the cards, cables and ports of these ranks; a job is as fast as its slowest link")
-        for one, speed in zip(sums, speeds, strict=True)
+    slow = [
+        f"{' and '.join(one.hosts)} sum {speed:.2f} Gbit/s over ranks {one.ranks[0]} and {one.ranks[1]}"
+        for speed, one in sorted(zip(speeds, sums, strict=True), key=lambda entry: entry[0])
         if len(sums) >= _FEWEST_TO_COMPARE and speed < SLOW_SHARE * median
-    ]  # fmt: skip
-    return findings or [ok(_CHECK, f"{backend}: {extent} sum rightly, {median:.2f} Gbit/s between two ranks")]
+    ]
+    if slow:
+        advice = "look at the cards, cables and ports of these ranks; a job is as fast as its slowest link"
+        return [warning(_CHECK, f"{backend}: {some(slow, '; ')} (median {median:.2f})", advice)]
+    return [ok(_CHECK, f"{backend}: {extent} sum rightly, {median:.2f} Gbit/s between two ranks")]
 
 
 def _pair_sums(meeting: Meeting, worker: Worker, hosts: Sequence[str], tournament: Tournament) -> list[Sum]:
