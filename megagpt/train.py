@@ -28,6 +28,7 @@ from megagpt.launchers import host_name
 from megagpt.parallel.console import Console, quiet_libraries
 from megagpt.parallel.deepspeed_launcher import find_launch
 from megagpt.parallel.launch import Launch
+from megagpt.parallel.open_files import raise_limit
 from megagpt.plan import Plan, load_deepspeed_config, load_run_config, make_plan
 from megagpt.signals import StopSignal
 from megagpt.storage import RemotePath, location
@@ -66,6 +67,7 @@ def main() -> int:
     args = parse_arguments()
     launch = find_launch()
     quiet_libraries(args.verbose)
+    raise_limit()
     try:
         run_config = load_run_config(args.config, args.overrides)
         plan = make_plan(run_config, load_deepspeed_config(args.deepspeed_config), launch.world_size)

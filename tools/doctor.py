@@ -34,13 +34,11 @@ def main() -> int:
     from megagpt.preflight import examine, table
 
     findings = examine(plan, launch)
-    is_bad = any(finding.status == "failed" for finding in findings)
-    cannot_meet = findings[0].check == "meeting"
-    if launch.rank == 0 or cannot_meet:
+    if findings:
         print(table(findings))
-        if args.json and launch.rank == 0:
-            Path(args.json).write_text(json.dumps([finding.model_dump() for finding in findings], indent=1) + "\n")
-    return int(is_bad and (launch.rank == 0 or cannot_meet))
+    if args.json and launch.rank == 0:
+        Path(args.json).write_text(json.dumps([finding.model_dump() for finding in findings], indent=1) + "\n")
+    return int(any(finding.status == "failed" for finding in findings))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,12 @@ def worst(findings: Sequence[Finding]) -> Status:
     return max((finding.status for finding in findings), key=_GRAVITY.__getitem__, default="OK")
 
 
+def some(items: Sequence[str], separator: str = ", ", most: int = 4) -> str:
+    """The first few of what may be many, and how many more there are."""
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return separator.join(items[:most]) + more
+
+
 def merged(by_host: dict[str, list[Finding]]) -> list[Finding]:
     """One finding per check from those of all hosts: hosts are named where they differ."""
     checks = dict.fromkeys(finding.check for findings in by_host.values() for finding in findings)

@@ -5,6 +5,7 @@ import platform
 import resource
 import shutil
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,13 +15,16 @@ import torch
 from megagpt import __version__
 from megagpt.data.run_data import open_data
 from megagpt.errors import MegagptError, StorageError
+from megagpt.parallel.open_files import most_files, needed_files
 from megagpt.plan import Plan
 from megagpt.preflight.findings import Finding, failed, ok, warning
+from megagpt.preflight.room import room_for
 from megagpt.storage import RemotePath, location
+from megagpt.storage.steps import step_folders
 
 GIB = 1 << 30
 _LIBRARIES = ("torch", "deepspeed", "megatron-core", "numpy", "safetensors", "sentencepiece")
-_FEWEST_FILES = 4096
+_FEWEST_FILES = 1024
 _LEAST_SHARED_MEMORY = 1 * GIB
 MEMORY_SHARE = 0.9
 """Of a device's memory that the estimate may take: buckets and the framework come on top."""
@@ -42,24 +46,25 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_host(plan: Plan, ranks_on_host: int) -> list[Finding]:
-    """All findings about this host.
+def checks(plan: Plan, ranks_on_host: int | None, is_first: bool) -> dict[str, Callable[[], Finding]]:
+    """All checks of this host by name.
 
     Args:
         plan: of the run.
-        ranks_on_host: how many of its ranks this host has.
+        ranks_on_host: how many of its ranks this host has; None: not known, as the run is not started yet.
+        is_first: whether this is the one host that tries out what all of them share.
     """
-    return [
-        check_devices(ranks_on_host),
-        check_memory(plan, ranks_on_host),
-        check_shared_memory(),
-        check_limits(),
-        check_disk(plan),
-        check_data(plan),
-    ]
+    return {
+        "devices": lambda: check_devices(plan.world_size, ranks_on_host),
+        "memory": lambda: check_memory(plan, ranks_on_host),
+        "shared memory": check_shared_memory,
+        "limits": lambda: check_limits(plan),
+        "disk": lambda: check_disk(plan, is_first),
+        "data": lambda: check_data(plan),
+    }
 
 
-def check_devices(ranks_on_host: int) -> Finding:
+def check_devices(world_size: int, ranks_on_host: int | None) -> Finding:
     """A GPU per rank that computes, or none at all."""
     name, count = "devices", torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
@@ -67,7 +72,7 @@ def check_devices(ranks_on_host: int) -> Finding:
             return failed(name, f"the driver {_driver()} is there but torch {torch.__version__} sees no GPU",
                           "install a torch built for this driver, or show the GPUs (CUDA_VISIBLE_DEVICES)")  # fmt: skip
         return ok(name, "no GPUs: ranks run on CPUs")
-    if 1 < count < ranks_on_host:
+    if ranks_on_host is not None and 1 < count < ranks_on_host:
         return failed(name, f"{count} GPUs for {ranks_on_host} ranks", "start a rank per GPU, or show more GPUs")
     try:
         for index in range(count):
@@ -78,24 +83,44 @@ def check_devices(ranks_on_host: int) -> Finding:
         return failed(
             name, f"GPU {index}: {str(error).splitlines()[0]}", "reset the GPU or take the node out of service"
         )
-    return ok(name, f"{count} x {torch.cuda.get_device_name(0)}, each computes")
+    text = f"{count} x {torch.cuda.get_device_name(0)}, each computes"
+    if ranks_on_host is None and count < world_size:
+        text += f"; {world_size} ranks need {-(-world_size // count)} such hosts"
+    return ok(name, text)
 
 
-def check_memory(plan: Plan, ranks_on_host: int) -> Finding:
-    """The Plan's estimate per rank against what there is."""
+def check_memory(plan: Plan, ranks_on_host: int | None) -> Finding:
+    """The Plan's estimate per rank against what is free."""
+    need, advice = plan.memory.total, "smaller micro-batches, recomputation or more ranks: see tools/plan.py"
+    text = f"{need / GIB:.2f} GiB estimated per rank, "
     if torch.cuda.is_available():
-        capacity, what = torch.cuda.get_device_properties(0).total_memory, "of a GPU"
+        try:
+            index, (free, total) = _fullest_gpu()
+        except RuntimeError as error:
+            return failed("memory", str(error).splitlines()[0], "reset the GPU or take the node out of service")
+        text += f"{free / GIB:.2f} of {total / GIB:.2f} GiB are free on GPU {index}"
+        if free < need <= total:
+            advice = "nvidia-smi names the process that has the rest: end it"
     else:
-        capacity, what = psutil.virtual_memory().available // max(ranks_on_host, 1), "of free memory per rank"
-    need, text = (
-        plan.memory.total,
-        f"{plan.memory.total / GIB:.2f} GiB estimated per rank, {capacity / GIB:.2f} GiB {what}",
-    )
-    if need > capacity:
-        return failed("memory", text, "smaller micro-batches, recomputation or more ranks: see tools/plan.py")
-    if need > MEMORY_SHARE * capacity:
+        available, ranks = psutil.virtual_memory().available, ranks_on_host or plan.world_size
+        free = available // ranks
+        if ranks_on_host is None and need > free and need <= available:
+            return warning("memory", f"{text}{available / GIB:.2f} GiB are free: {available // need} of {ranks} ranks "
+                           "fit on this host", "start the run on several hosts")  # fmt: skip
+        text += f"{free / GIB:.2f} GiB of free memory per rank"
+        if ranks_on_host is None and ranks > 1:
+            text += f" if all {ranks} run on this host"
+    if need > free:
+        return failed("memory", text, advice)
+    if need > MEMORY_SHARE * free:
         return warning("memory", text, "this may just not fit: buckets and the framework come on top")
     return ok("memory", text)
+
+
+def _fullest_gpu() -> tuple[int, tuple[int, int]]:
+    """The GPU with the least free memory; its free bytes, and all that it has."""
+    found = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
+    return min(enumerate(found), key=lambda entry: entry[1][0])
 
 
 def check_shared_memory(path: str = "/dev/shm") -> Finding:
@@ -110,20 +135,25 @@ def check_shared_memory(path: str = "/dev/shm") -> Finding:
     return ok("shared memory", f"{path} has {free / GIB:.0f} GiB free")
 
 
-def check_limits() -> Finding:
+def check_limits(plan: Plan) -> Finding:
     """Open files, and locked memory where there is InfiniBand."""
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = needed_files(plan, torch.cuda.is_available())
+    files = most_files()  # the run raises the soft limit to it
+    text = f"open files: at most {files:,}, of which a rank takes about {need:,}"
+    advice = f"allow {max(_FEWEST_FILES, 2 * need):,} (ulimit -Hn; in slurmd's unit LimitNOFILE)"
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if files < _FEWEST_FILES:
-        return warning("limits", f"only {files} open files", f"ulimit -n {_FEWEST_FILES} or more in the batch file")
+    if files < need:
+        return failed("limits", f"only {files} open files, and a rank takes about {need:,}", advice)
     if Path("/dev/infiniband").exists() and locked != resource.RLIM_INFINITY:
         return failed("limits", f"locked memory is limited to {locked:,} bytes, which InfiniBand cannot live with",
                       "ulimit -l unlimited, in slurmd's unit too (LimitMEMLOCK=infinity)")  # fmt: skip
-    return ok("limits", f"{files:,} open files")
+    if files < max(_FEWEST_FILES, 1.5 * need):
+        return warning("limits", f"only {files} open files, of which a rank takes about {need:,}", advice)
+    return ok("limits", text)
 
 
-def check_disk(plan: Plan) -> Finding:
-    """Room for the checkpoints that are kept, and one that is being written."""
+def check_disk(plan: Plan, is_first: bool) -> Finding:
+    """Room for the checkpoints that are kept and not there yet, and for one that is being written."""
     directory = plan.run.checkpoint.directory
     if directory is None:
         return warning("disk", "checkpoint.directory is not set", "set it, or nothing will be saved")
@@ -131,14 +161,25 @@ def check_disk(plan: Plan) -> Finding:
     if isinstance(place, RemotePath):
         return _check_store(place)
     path = nearest_folder(directory)
-    count = plan.run.checkpoint.keep_last + 1
-    need, free = count * plan.checkpoint_bytes, shutil.disk_usage(path).free
-    text = f"{count} checkpoints of {plan.checkpoint_bytes / GIB:.2f} GiB, {free / GIB:.2f} GiB free in {path}"
     if not os.access(path, os.W_OK):
         return failed("disk", f"{path} cannot be written to", "give a writable checkpoint.directory")
-    if need > free:
+    keep, size = plan.run.checkpoint.keep_last, plan.checkpoint_bytes
+    there = min(_num_checkpoints(place), keep)
+    count, free = keep + 1 - there, shutil.disk_usage(path).free
+    more = f" beside {there} that are there" if there else ""
+    text = f"{count} checkpoints of {size / GIB:.2f} GiB{more}, {free / GIB:.2f} GiB free in {path}"
+    if count * size > free:
         return failed("disk", text, "free space, or keep fewer (checkpoint.keep_last)")
+    if is_first and (refusal := room_for(path, size)):
+        return failed("disk", f"{text}, but a file of {size / GIB:.2f} GiB is refused: {refusal}",
+                      "look at the quota of this user, group or project")  # fmt: skip
     return ok("disk", text)
+
+
+def _num_checkpoints(directory: Path) -> int:
+    if not directory.is_dir():
+        return 0
+    return sum((folder / "manifest.json").is_file() for folder in step_folders(directory))
 
 
 def _check_store(place: RemotePath) -> Finding:

@@ -1,4 +1,4 @@
-"""Every pair of hosts: can they talk, how fast, and do their clocks agree. Plain sockets, one pair at a time."""
+"""Pairs of hosts: can they talk, how fast, and do their clocks agree. Plain sockets."""
 
 import contextlib
 import socket
@@ -8,8 +8,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from megagpt.parallel.interface import own_address
 from megagpt.preflight.findings import Finding, failed, ok, warning
 from megagpt.preflight.meeting import Meeting
+from megagpt.preflight.tournament import Tournament
 
 SLOWEST_MBIT = 200.0
 """Below this a link is slow whatever the others are."""
@@ -19,9 +21,13 @@ LARGEST_SKEW = 1.0
 _BYTES = 8 << 20
 _TRIALS = 3
 """The best one counts: a busy processor is no slow link."""
+_LONG = 2.0
+"""Seconds after which a trial is not repeated."""
 _CHUNK = 1 << 20
 _SECONDS = 20.0
-_MOST_PAIRS = 256
+"""For each answer of the other side."""
+_MOST_TRANSFER_SECONDS = 60.0
+_MOST_SECONDS = 2 * _SECONDS + _MOST_TRANSFER_SECONDS
 
 
 @dataclass(frozen=True)
@@ -36,38 +42,44 @@ class Link:
     """Target's clock minus the source's, in seconds."""
 
 
-def measure_links(meeting: Meeting, leaders: dict[str, int], host: str) -> list[Link]:
-    """Try all pairs of hosts, or each one and its next ones where they are many; only the leaders take part.
+def measure_links(meeting: Meeting, leaders: dict[str, int], host: str, tournament: Tournament) -> list[Link]:
+    """Try pairs of hosts, those of a round all at once; only the leaders take part, and all get all links.
 
     Args:
         meeting: of all ranks.
         leaders: first rank of each host.
         host: of this rank.
+        tournament: says which pairs.
     """
-    names = list(leaders)
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    if len(pairs) > _MOST_PAIRS:
-        pairs = [(names[i], names[(i + shift) % len(names)]) for shift in (1, 2) for i in range(len(names))]
+    links: list[Link] = []
     with socket.create_server(("", 0), backlog=64) as server:
         server.settimeout(_SECONDS)
-        address = _own_address(meeting.launch.master_addr, meeting.launch.master_port)
-        meeting.tell("address", [address, server.getsockname()[1]])
-        links: list[Link] = []
-        for number, (source, target) in enumerate(pairs):
-            if host == target:
-                _serve(server)
-                meeting.tell(f"served/{number}", True)
-            if host == source:
-                where = meeting.hear("address", leaders[target])
-                links.append(_measure(source, target, tuple(where)))
-                meeting.tell(f"measured/{number}", True)
-            # One pair at a time, or they would share a wire.
-            meeting.hear(f"measured/{number}", leaders[source])
+        address = own_address(meeting.launch.master_addr) or socket.gethostname()
+        addresses = meeting.gather("address", [address, server.getsockname()[1]], _SECONDS, leaders.values())
+        for pairs in tournament.rounds():
+            link = None
+            for source, target in pairs:
+                if host == target:
+                    _serve(server)
+                if host == source and leaders[target] in addresses:
+                    link = _measure(source, target, tuple(addresses[leaders[target]]))
+            said = meeting.gather("links", link and vars(link), _MOST_SECONDS, leaders.values())
+            found = [Link(**fields) for fields in said.values() if fields]
+            for link in found:
+                if link.problem:
+                    tournament.failed((link.source, link.target))
+            links += found
     return links
 
 
-def judge_links(links: list[Link], num_hosts: int) -> list[Finding]:
-    """Findings about reach, speed and clocks."""
+def judge_links(links: list[Link], num_hosts: int, extent: str) -> list[Finding]:
+    """Findings about reach, speed and clocks.
+
+    Args:
+        links: that were measured.
+        num_hosts: of the job.
+        extent: how many pairs they are, of how many.
+    """
     if num_hosts == 1:
         return [ok("network", "one host")]
     broken = [link for link in links if link.problem]
@@ -85,8 +97,7 @@ def judge_links(links: list[Link], num_hosts: int) -> list[Finding]:
         for link in slow
     ]  # fmt: skip
     if not findings:
-        counted = f"{len(links)} links" if len(links) > 1 else "1 link"
-        findings.append(ok("network", f"{counted} between {num_hosts} hosts, {median:,.0f} Mbit/s over TCP"))
+        findings.append(ok("network", f"{extent} reach each other, {median:,.0f} Mbit/s over TCP"))
     skewed = [link for link in fine if abs(link.skew) > LARGEST_SKEW]
     findings += [
         warning("clocks", f"{link.target} is {link.skew:+.1f} s off {link.source}", "synchronise clocks (chrony)")
@@ -97,14 +108,6 @@ def judge_links(links: list[Link], num_hosts: int) -> list[Finding]:
     return findings
 
 
-def _own_address(master: str, port: int) -> str:
-    """The address of this host by which it reaches the master."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect((master, port))  # sends nothing
-        return str(probe.getsockname()[0])
-    return socket.gethostname()
-
-
 def _serve(server: socket.socket) -> None:
     """Answer one measurement: the time, then as many bytes as are sent are taken."""
     with contextlib.suppress(OSError):
@@ -112,13 +115,14 @@ def _serve(server: socket.socket) -> None:
         with connection:
             connection.settimeout(_SECONDS)
             for _ in range(3):
-                connection.recv(1)
+                _receive(connection, 1)
                 connection.sendall(struct.pack("!d", time.time()))
-            for _ in range(_TRIALS):
-                left = _BYTES
-                while left > 0 and (got := len(connection.recv(_CHUNK))):
-                    left -= got
-                connection.sendall(b"!")
+            left, ends_at = _BYTES, time.monotonic() + _MOST_TRANSFER_SECONDS
+            while (got := len(connection.recv(min(left, _CHUNK)))) and time.monotonic() < ends_at:
+                left -= got
+                if left == 0:
+                    connection.sendall(b"!")
+                    left = _BYTES
 
 
 def _measure(source: str, target: str, where: Any) -> Link:
@@ -132,17 +136,26 @@ def _measure(source: str, target: str, where: Any) -> Link:
                 back = time.time()
                 if back - sent < best:
                     best, skew = back - sent, theirs - (sent + back) / 2
-            block, seconds = bytes(_CHUNK), float("inf")
-            for _ in range(_TRIALS):
-                started = time.monotonic()
-                for _ in range(_BYTES // _CHUNK):
-                    connection.sendall(block)
-                _receive(connection, 1)
-                seconds = min(seconds, time.monotonic() - started)
+            seconds = _best_transfer(connection)
     except OSError as error:
         text = f"{where[0]} port {where[1]}: {error.strerror or error}"
         return Link(source, target, text, 0.0, 0.0)
     return Link(source, target, None, _BYTES * 8 / seconds / 1e6, skew)
+
+
+def _best_transfer(connection: socket.socket) -> float:
+    block, best, ends_at = bytes(_CHUNK), float("inf"), time.monotonic() + _MOST_TRANSFER_SECONDS
+    for _ in range(_TRIALS):
+        started = time.monotonic()
+        for _ in range(_BYTES // _CHUNK):
+            connection.sendall(block)
+            if time.monotonic() > ends_at:
+                raise OSError(f"{_BYTES >> 20} MiB have not gone through within {_MOST_TRANSFER_SECONDS:.0f} s")
+        _receive(connection, 1)
+        best = min(best, time.monotonic() - started)
+        if best > _LONG:
+            break
+    return best
 
 
 def _receive(connection: socket.socket, count: int) -> bytes:
