@@ -6,32 +6,25 @@ Also started by torchrun, srun, mpirun or plain python; the ranks are found out 
 import argparse
 import contextlib
 import dataclasses
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import psutil
 
 from megagpt.errors import (
-    ConfigError,
-    DataError,
     LaunchError,
     MegagptError,
     RankError,
-    StorageError,
-    exit_code_of,
     run_command,
 )
-from megagpt.launchers import host_name
 from megagpt.parallel.console import Console, quiet_libraries
 from megagpt.parallel.deepspeed_launcher import find_launch
 from megagpt.parallel.launch import Launch
 from megagpt.parallel.open_files import raise_limit
 from megagpt.plan import Plan, load_deepspeed_config, load_run_config, make_plan
+from megagpt.prerequisites import own_errors, require_intact_data, require_writable_folders
 from megagpt.signals import StopSignal
-from megagpt.storage import RemotePath, location
 from megagpt.supervise.deadline import Deadline, end_of_job
 from megagpt.supervise.pulse import Phase
 from megagpt.supervise.stopping import Stopping
@@ -137,73 +130,6 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         train(plan, ranks, engine, checkpoints, data, console, stop)
     stop_ranks()
     return 0
-
-
-@contextlib.contextmanager
-def own_errors(launch: Launch) -> Iterator[None]:
-    """What a rank meets before it knows the others it tells by its name: a host may see other files, or none.
-
-    Raises:
-        RankError: in place of an error about data or a store, if there are other ranks.
-    """
-    try:
-        yield
-    except (DataError, StorageError) as error:
-        if launch.world_size == 1:
-            raise
-        raise RankError(f"rank {launch.rank} on {host_name()}: {error}", error.exit_code) from None
-
-
-def require_writable_folders(plan: Plan, ranks: "Ranks") -> None:
-    """See on rank 0 that the folders for checkpoints and logs can be made and written to; makes none; collective.
-
-    Raises:
-        ConfigError: on all ranks, if one cannot.
-    """
-    problems, exit_codes = [], []
-    for key, directory in (
-        ("checkpoint.directory", plan.run.checkpoint.directory),
-        ("logging.directory", plan.run.logging.directory),
-    ):
-        if ranks.rank != 0 or directory is None:
-            continue
-        place = location(directory)
-        if isinstance(place, RemotePath):
-            try:
-                place.require_writable()
-            except StorageError as error:
-                problems.append(f"{key}={directory} cannot be written to: {error}")
-                exit_codes.append(exit_code_of(error))
-            continue
-        path = place.absolute()
-        nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-        try:
-            with tempfile.TemporaryFile(dir=nearest):
-                pass
-        except OSError as error:
-            problems.append(f"{key}={directory} cannot be written to ({error.strerror}); give a writable folder")
-            exit_codes.append(exit_code_of(error))
-    problems, exit_codes = ranks.broadcast_object((problems, exit_codes))
-    if problems:
-        raise ConfigError(problems, exit_code=min(exit_codes))  # what is to be mended comes first
-
-
-def require_intact_data(plan: Plan, ranks: "Ranks", launch: Launch) -> None:
-    """Have the ranks that read datasets compare their checksums, each those of some, if that is asked for; collective.
-
-    Raises:
-        DataError: on all ranks, if one differs.
-        RankError: on a rank that a store fails.
-    """
-    from megagpt.data.run_data import damaged_datasets
-
-    readers = [rank for rank in range(ranks.world_size) if plan.reads_samples(rank)]
-    mine = []
-    if ranks.rank in readers:
-        with own_errors(launch):
-            mine = damaged_datasets(plan.run.data, readers.index(ranks.rank), len(readers))
-    if damaged := [problem for part in ranks.gather_objects(mine) for problem in part]:
-        raise DataError("\n".join(damaged))
 
 
 def headline(plan: Plan, launch: Launch) -> str:
