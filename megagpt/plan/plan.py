@@ -28,7 +28,7 @@ from megagpt.plan.layout import (
 from megagpt.plan.nearest import nearest_layout
 from megagpt.plan.recompute import recomputed_layers
 from megagpt.plan.rules import check_all
-from megagpt.plan.zero import is_zero_plus_plus
+from megagpt.plan.zero import is_zero_plus_plus, swap_buffer_elements
 
 NEVER = 1 << 60  # steps between DeepSpeed's own progress lines: ours replace them
 
@@ -281,10 +281,11 @@ def _estimate_memory(
             run.optimizer.name,
             deepspeed.offloads_optimizer,
             deepspeed.offloads_parameters,
+            swap_buffer_elements(deepspeed) if deepspeed.optimizer_is_on_disk else None,
         )
         for count, ranks in parts
     ]
-    weights, gradients, optimizer, host = (sum(sizes) for sizes in zip(*states, strict=True))
+    weights, gradients, optimizer, host, disk = (sum(sizes) for sizes in zip(*states, strict=True))
     activations = stage_activation_bytes(
         run.model,
         num_stage_layers=len(transformer_layers_of_stage(bounds, stage)),
@@ -298,7 +299,7 @@ def _estimate_memory(
         training=run.training,
         precision=deepspeed.precision,
     )
-    return MemoryEstimate(stage, weights, gradients, optimizer, activations, host)
+    return MemoryEstimate(stage, weights, gradients, optimizer, activations, host, disk)
 
 
 def _notes(run: RunConfig, deepspeed: DeepSpeedConfig, batch: Batch) -> list[str]:
@@ -313,6 +314,11 @@ def _notes(run: RunConfig, deepspeed: DeepSpeedConfig, batch: Batch) -> list[str
         notes.append(
             f"ZeRO++: each rank first builds its whole tensor-parallel part in fp32 ({gib:,.1f} GiB) and then "
             "splits it; that much must fit on a rank at the start"
+        )
+    if deepspeed.optimizer_is_on_disk and run.checkpoint.directory and run.checkpoint.asynchronous:
+        notes.append(
+            "training waits for each save: checkpoint.asynchronous=true would first copy the state aside in memory, "
+            "which need not have room for master weights and moments as they are on a disk"
         )
     stages, microbatches = run.parallel.pipeline_model_parallel_size, batch.num_microbatches
     if microbatches < stages:
