@@ -18,8 +18,8 @@ LEGACY_KEYS = {
 }
 """Old names of DeepSpeed, and what is written instead."""
 WEIGHTS_ON_DISK = (
-    'offload_param.device="nvme" is not supported: checkpoints and initial weights are loaded into weights in memory; '
-    'use "cpu" (and offload_optimizer.device="nvme" for master weights and moments)'
+    'offload_param.device="nvme" is not supported: DeepSpeed removes what it has written of earlier layers when the '
+    'next one is cut, and checkpoints are loaded into weights in memory; use "cpu", and "nvme" for offload_optimizer'
 )
 DEFAULT_BUFFER_COUNT = 4  # deepspeed/runtime/zero/offload_config.py
 DEFAULT_SUB_GROUP_SIZE = 1_000_000_000  # deepspeed/runtime/zero/config.py

@@ -194,7 +194,7 @@ NVME = {"device": "nvme", "nvme_path": "/local_disk"}
         ({"data": {"split": [2, -1, 1]}}, {}, 1, "data.split=[2.0, -1.0, 1.0] must hold shares"),
         ({"checkpoint": {"save_interval": 5}}, {}, 1, "checkpoint.save_interval=5 needs a place to save to"),
         ({}, zero(2, offload_param={"device": "cpu"}), 1, "offload_param needs ZeRO stage 3"),
-        ({}, zero(3, offload_param=NVME), 1, 'offload_param.device="nvme" is not supported: checkpoints and initial'),
+        ({}, zero(3, offload_param=NVME), 1, 'offload_param.device="nvme" is not supported: DeepSpeed removes'),
         ({}, zero(2, offload_optimizer=NVME), 1, 'offload_optimizer.device="nvme" needs ZeRO stage 3, but stage=2'),
         ({}, zero(3, offload_optimizer={"device": "nvme"}), 1, "offload_optimizer.nvme_path=None must be the absolute"),
         ({}, zero(3, offload_optimizer=NVME | {"nvme_path": "swap"}), 1, "nvme_path='swap' must be the absolute path"),
