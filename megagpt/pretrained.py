@@ -1,5 +1,7 @@
 """Start a run from the weights of a Hugging Face folder, on any layout: each rank reads the parts that it holds."""
 
+import contextlib
+from collections.abc import Generator
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +23,7 @@ class StartedModel(Protocol):
     parameters: dict[str, Any]
 
     def fragments(self) -> list[Any]: ...
+    def groups_in_memory(self, change: bool = False) -> Generator[list[Any], None, None]: ...
     def load_weight(self, name: str, shard: Tensor) -> None: ...
 
 
@@ -160,9 +163,15 @@ def load_pretrained(plan: Plan, engine: StartedModel, ranks: Ranks, console: Con
 
 
 def _load(weights: PretrainedWeights, plan: Plan, engine: StartedModel, ranks: Ranks) -> None:
-    fragments = {fragment.name: fragment for fragment in engine.fragments()}
-    for name in engine.parameters:
+    def load(name: str) -> Tensor:
         shard = weights.shard(name, ranks.tensor_rank, ranks.tensor_size, plan.padded_vocab_size)
         engine.load_weight(name, shard)
-        if (fragment := fragments.get(name)) is not None:
-            fragment.master.copy_(shard.flatten()[fragment.start : fragment.stop])
+        return shard.flatten()
+
+    with contextlib.closing(engine.groups_in_memory(change=True)) as groups:
+        for fragment in (fragment for group in groups for fragment in group):
+            fragment.master.copy_(load(fragment.name)[fragment.start : fragment.stop])
+    owned = {fragment.name for fragment in engine.fragments()}
+    for name in engine.parameters:
+        if name not in owned:  # other ranks update it
+            load(name)

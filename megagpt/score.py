@@ -1,5 +1,6 @@
 """The loss of a saved model on held-out text, on any number of ranks and in any layout."""
 
+import contextlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -66,12 +67,13 @@ def score_checkpoint(
     with console.muted():
         ranks = start_ranks(plan, launch)
         engine = build_engine(plan, ranks)
-    load_weights(folder, engine, plan, ranks)
     scores = []
-    for split, part in parts:
-        found = evaluate_all(engine, part.stream, plan, ranks, most_samples)
-        name = part.name or str(plan.run.data.mixed[0].prefix)
-        scores.append(Score(split, name, found.loss, _perplexity(found.loss), found.samples, found.tokens))
+    with contextlib.closing(engine):
+        load_weights(folder, engine, plan, ranks)
+        for split, part in parts:
+            found = evaluate_all(engine, part.stream, plan, ranks, most_samples)
+            name = part.name or str(plan.run.data.mixed[0].prefix)
+            scores.append(Score(split, name, found.loss, _perplexity(found.loss), found.samples, found.tokens))
     stop_ranks()
     return scores
 

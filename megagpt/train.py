@@ -121,13 +121,14 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
     with watch(plan, ranks) as pulse:
         with console.muted():
             engine = build_engine(plan, ranks, pulse, judge_of(plan))
-        console.say(headline(plan, launch))
-        for note in plan.notes:
-            console.say(f"note: {note}")
-        for remark in remarks(plan, data):
-            console.warn(remark)
-        checkpoints = Checkpoints(plan, engine, ranks, console, ranks.broadcast_object(hashes))
-        train(plan, ranks, engine, checkpoints, data, console, stop)
+        with contextlib.closing(engine):
+            console.say(headline(plan, launch))
+            for note in plan.notes:
+                console.say(f"note: {note}")
+            for remark in remarks(plan, data):
+                console.warn(remark)
+            checkpoints = Checkpoints(plan, engine, ranks, console, ranks.broadcast_object(hashes))
+            train(plan, ranks, engine, checkpoints, data, console, stop)
     stop_ranks()
     return 0
 

@@ -1,5 +1,6 @@
 """Save a run: every rank writes what it owns, beside training; restoring is in `restore.py`."""
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ from megagpt.checkpoint.restore import Restorer
 from megagpt.checkpoint.retention import Retention, remove
 from megagpt.checkpoint.state import TrainedModel, TrainState
 from megagpt.checkpoint.tensor_file import file_bytes, write_tensors
+from megagpt.checkpoint.tensors_in_turn import TensorsInTurn, fragment_tensors
 from megagpt.errors import CheckpointError, MegagptError, OtherVersionError, exit_code_of
 from megagpt.model.initialize import full_shape
 from megagpt.model.partition import partition_of
@@ -138,7 +140,8 @@ class Checkpoints:
                 f"training waited {waited:.1f} s for the save before this one: saves take longer than "
                 f"checkpoint.save_interval={self.plan.run.checkpoint.save_interval} steps"
             )
-        in_thread = self.plan.run.checkpoint.asynchronous
+        on_disk = self.engine.optimizer_is_on_disk  # memory need not have room for a copy of it
+        in_thread = self.plan.run.checkpoint.asynchronous and not on_disk
         tensors, pieces = self._owned()
         if in_thread:
             tensors = self._snapshot.copy(tensors)
@@ -182,16 +185,19 @@ class Checkpoints:
             self.console.warn(f"the checkpoint that was being saved is lost: {problem}")
 
     def _owned(self) -> tuple[dict[str, Tensor], Pieces]:
-        """What this rank writes: tensors by name in the file (not copied), and where they belong."""
+        """What this rank writes: tensors by name in the file (not copied; those on a disk are without content), and
+        where they belong."""
         tensors: dict[str, Tensor] = {}
         pieces: Pieces = {}
         for fragment in self.engine.fragments():
             partition = partition_of(fragment.name, self._gated)
             if not self._owns(fragment.name, partition.dim):
                 continue
-            tensors[f"weight/{fragment.name}"] = fragment.master
-            for key in self._moments:
-                tensors[f"{key}/{fragment.name}"] = fragment.moment(key)
+            if self.engine.optimizer_is_on_disk:
+                keys = ("weight", *self._moments)
+                tensors |= {f"{key}/{fragment.name}": torch.empty(fragment.numel, device="meta") for key in keys}
+            else:
+                tensors |= fragment_tensors(fragment, self._moments)
             piece = Piece(
                 file=self._file_name(), tensor_rank=self.ranks.tensor_rank, start=fragment.start, stop=fragment.stop
             )
@@ -242,7 +248,7 @@ class Checkpoints:
         files: dict[str, File] = {}
 
         def write_files() -> None:
-            files[self._file_name()] = write_tensors(temporary / self._file_name(), tensors)
+            files[self._file_name()] = self._write_own(temporary / self._file_name(), tensors)
             if probe is not None:
                 files[PROBE] = write_tensors(temporary / PROBE, probe)
 
@@ -250,6 +256,12 @@ class Checkpoints:
         gathered = self._saves.exchange.gather_objects((files, pieces))
         whole = _joined(manifest, gathered, time.monotonic() - started)
         self._together(lambda: self._complete(temporary, final, whole) if is_first else None)
+
+    def _write_own(self, path: Location, tensors: dict[str, Tensor]) -> File:
+        if not self.engine.optimizer_is_on_disk:
+            return write_tensors(path, tensors)
+        with contextlib.closing(TensorsInTurn(self.engine, self._moments, tensors)) as in_turn:
+            return write_tensors(path, tensors, in_turn.get)
 
     def _prepare(self, temporary: Location, needed: int) -> None:
         assert self._retention is not None

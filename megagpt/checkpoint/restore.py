@@ -166,14 +166,26 @@ class Restorer:
 
     def _load(self, reader: CheckpointReader) -> None:
         """Load weights, moments and loss scale, several parameters at a time: reading and hashing take turns."""
-        fragments = {fragment.name: fragment for fragment in self.engine.fragments()}
         same_optimizer = self.has_moments(reader)
         if not same_optimizer:
             self.console.warn(f"{reader.folder} has no {', '.join(self._moments)}: the optimizer starts afresh")
         for name in self.engine.parameters:
             self._require_shape(reader, name)
-        for fragment in fragments.values():
-            fragment.prepare_state(reader.manifest.updates_done if same_optimizer else 0, self._moments)
+        owned = {fragment.name for fragment in self.engine.fragments()}
+        rest = [name for name in self.engine.parameters if name not in owned]  # other ranks update them
+        with one_thread(), contextlib.closing(self.engine.groups_in_memory(change=True)) as groups:
+            for group in groups:
+                for fragment in group:
+                    fragment.prepare_state(reader.manifest.updates_done if same_optimizer else 0, self._moments)
+                fragments = {fragment.name: fragment for fragment in group}
+                self._load_parameters(reader, [*fragments, *rest], fragments, same_optimizer)
+                rest = []
+        if reader.manifest.loss_scale is not None:
+            self.engine.set_loss_scale_state(reader.manifest.loss_scale.model_dump())
+
+    def _load_parameters(
+        self, reader: CheckpointReader, names: list[str], fragments: Mapping[str, Any], with_moments: bool
+    ) -> None:
         stop = threading.Event()
 
         @torch.no_grad()
@@ -181,17 +193,15 @@ class Restorer:
             if stop.is_set():
                 return
             try:
-                self._load_parameter(reader, name, fragments.get(name), same_optimizer)
+                self._load_parameter(reader, name, fragments.get(name), with_moments)
             except BaseException:
                 stop.set()
                 raise
 
-        largest_first = sorted(self.engine.parameters, key=lambda name: -prod(self.engine.shard_shape(name)))
-        with one_thread(), ThreadPoolExecutor(READING_THREADS) as pool:
+        largest_first = sorted(names, key=lambda name: -prod(self.engine.shard_shape(name)))
+        with ThreadPoolExecutor(READING_THREADS) as pool:
             for _ in pool.map(load, largest_first):
                 pass
-        if reader.manifest.loss_scale is not None:
-            self.engine.set_loss_scale_state(reader.manifest.loss_scale.model_dump())
 
     def _load_parameter(self, reader: CheckpointReader, name: str, fragment: Any, with_moments: bool) -> None:
         place = self.ranks.tensor_rank, self.ranks.tensor_size, self.plan.padded_vocab_size

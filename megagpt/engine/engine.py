@@ -4,7 +4,7 @@ PipelineEngine runs the list of layers when there is more than one stage; DeepSp
 module otherwise. Losses and norms stay on the device: nothing here waits for it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from megagpt.engine.batches import Batch, PreparedBatch, prepare
 from megagpt.engine.experts import expert_figures, tell_experts_to_deepspeed
-from megagpt.engine.fragments import Fragment, local_fragments
+from megagpt.engine.fragments import Fragment, groups_in_memory, is_on_disk, local_fragments, share_fp32_weights
 from megagpt.engine.guard import Check, Judge, UpdateGuard
 from megagpt.engine.loss_scale import own_loss_scaler
 from megagpt.engine.phases import before_forward_passes, tell_phases
 from megagpt.engine.pipeline import PlannedPipeline, pipeline_module
+from megagpt.engine.swap_folder import SwapFolder, prepare_swap_folder
 from megagpt.errors import ConfigError
 from megagpt.model import (
     GPT,
@@ -64,6 +65,7 @@ class Engine:
         wrapped: DeepSpeed's engine.
         pulse: told of each phase of each micro-batch.
         judge: asked before each update whether its loss and norm are to be trusted; None: all are.
+        swap_folder: where the optimizer is, if on a disk.
     """
 
     def __init__(
@@ -75,12 +77,13 @@ class Engine:
         wrapped: Any,
         pulse: Pulse | None = None,
         judge: Judge | None = None,
+        swap_folder: SwapFolder | None = None,
     ):
         self.plan, self.ranks, self.pulse = plan, ranks, pulse or Pulse()
         self.parameters = dict(named_parameters(module, plan, ranks.expert_rank))
         """This rank's parameters by canonical name."""
         self._module: Any = module
-        self._optimizer, self._wrapped = optimizer, wrapped
+        self._optimizer, self._wrapped, self._swap_folder = optimizer, wrapped, swap_folder
         self._is_pipeline = isinstance(module, PipelineModule)
         self._loss_scaler = own_loss_scaler(wrapped.optimizer)
         self._guard = UpdateGuard(optimizer, wrapped.optimizer, ranks, judge)
@@ -204,8 +207,27 @@ class Engine:
         return torch.cat(chunks)[:positions].transpose(0, 1).float()
 
     def fragments(self) -> list[Fragment]:
-        """The parts of the fp32 master weights and moments that this rank owns."""
+        """The parts of the fp32 master weights and moments that this rank owns; see `groups_in_memory`."""
         return local_fragments(self.parameters.items(), self._wrapped.optimizer, self.ranks.gradient_rank)
+
+    def groups_in_memory(self, change: bool = False) -> Generator[list[Fragment], None, None]:
+        """The fragments, in their order, in lists each of which is in memory until the next one is asked for, or the
+        iterator is closed: one list of all, unless the optimizer is on a disk.
+
+        Args:
+            change: whether what is written to them is to be kept.
+        """
+        return groups_in_memory(self.fragments(), self._wrapped.optimizer, change)
+
+    @property
+    def optimizer_is_on_disk(self) -> bool:
+        """Whether memory holds a part of the master weights and moments at a time."""
+        return is_on_disk(self._wrapped.optimizer)
+
+    def close(self) -> None:
+        """Remove what the engine has on disks; no method may be called after it."""
+        if self._swap_folder is not None:
+            self._swap_folder.remove()
 
     def loss_scale_state(self) -> dict[str, float] | None:
         """Where dynamic loss scaling stands, the same on all ranks; None without it."""
@@ -286,6 +308,11 @@ def build_engine(plan: Plan, ranks: Ranks, pulse: Pulse | None = None, judge: Ju
             f"{plan.deepspeed.source}: zero_optimization.zero_quantized_weights and zero_quantized_gradients need CUDA "
             "kernels, but this host has no CUDA device; remove them here (the rest of ZeRO runs the same without)"
         )
+    config = plan.engine_config()
+    swap_folder = None
+    if plan.deepspeed.optimizer_is_on_disk:
+        swap_folder = prepare_swap_folder(plan, ranks)
+        config["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(swap_folder.path)
     is_pipeline = plan.pipeline_parallel_size > 1
     module: nn.Module
     if plan.is_cut_while_built:
@@ -297,13 +324,13 @@ def build_engine(plan: Plan, ranks: Ranks, pulse: Pulse | None = None, judge: Ju
     wrapped, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
-        config=plan.engine_config(),
+        config=config,
         mpu=None if is_pipeline else ranks.mpu,
         dist_init_required=False,
     )
     skip_reduction_by_one_rank(wrapped)
     share_fp32_weights(wrapped.optimizer)
-    return Engine(plan, ranks, module, optimizer, wrapped, pulse, judge)
+    return Engine(plan, ranks, module, optimizer, wrapped, pulse, judge, swap_folder)
 
 
 def _finish(prefix: str, module: nn.Module, plan: Plan, ranks: Ranks) -> None:
@@ -353,30 +380,3 @@ def skip_reduction_by_one_rank(wrapped: Any) -> None:
     optimizer = wrapped.optimizer
     if isinstance(optimizer, BF16_Optimizer) and all(count == 1 for count in optimizer.partition_count):
         wrapped.enable_backward_allreduce = wrapped.pipeline_enable_backward_allreduce = False
-
-
-def share_fp32_weights(zero: Any) -> None:
-    """Let fp32 weights be their own master copy, which DeepSpeed would keep beside them: 4 bytes per parameter.
-
-    The update then changes this rank's part of the weights themselves, and DeepSpeed's copy after it copies a tensor to
-    itself. Masters in host memory and those of 16-bit weights stay as they are.
-
-    Args:
-        zero: DeepSpeed's optimizer wrapper.
-    """
-    if hasattr(zero, "single_partition_of_fp32_groups"):
-        masters = zero.single_partition_of_fp32_groups
-        ranks = [dist.get_rank(group) for group in zero.real_dp_process_group]
-        weights = [parts[rank] for parts, rank in zip(zero.parallel_partitioned_bit16_groups, ranks, strict=True)]
-    elif hasattr(zero, "fp32_partitioned_groups_flat"):
-        masters, weights = zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat
-    else:
-        return
-    for master, weight in zip(masters, weights, strict=True):
-        if weight is not None and (master.dtype, master.device) == (weight.dtype, weight.device):
-            master.data = weight.data
-    for parameter in (parameter for group in getattr(zero, "bit16_groups", ()) for parameter in group):
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is not None:  # a view of the copy would keep it in memory
-            place = mapping.hp_fragment_address
-            mapping.hp_fragment = masters[mapping.param_group_index].narrow(0, place.start, place.numel)

@@ -63,8 +63,13 @@ class DeepSpeedConfig:
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Whether master weights and moments live in host memory, where the update is made too."""
+        """Whether master weights and moments live in host memory or on a disk, and the update is made by the host."""
         return self._offload_device("offload_optimizer") != "none"
+
+    @property
+    def optimizer_is_on_disk(self) -> bool:
+        """Whether master weights and moments are on a disk but for the part that is being updated."""
+        return self._offload_device("offload_optimizer") == "nvme"
 
     @property
     def offloads_parameters(self) -> bool:

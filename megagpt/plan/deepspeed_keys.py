@@ -75,6 +75,7 @@ REFUSED_KEYS = {
 
 # Sections in which a typo would be ignored silently, or would be found only after all ranks have started.
 SECTION_KEYS = {
+    "aio": ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"),
     "bf16": (
         "enabled",
         "immediate_grad_update",

@@ -40,6 +40,8 @@ class MemoryEstimate:
     """What the backward pass needs of all micro-batches in flight."""
     host: int = 0
     """Model states offloaded to this rank's share of host memory; not part of the total."""
+    disk: int = 0
+    """Model states offloaded to a disk; not part of the total."""
 
     @property
     def total(self) -> int:
@@ -55,6 +57,8 @@ class StateBytes(NamedTuple):
     optimizer: int
     host: int
     """What is offloaded from the device."""
+    disk: int = 0
+    """What is offloaded to a disk."""
 
 
 def model_flops_per_step(model: ModelConfig, seq_length: int, global_batch_size: int) -> int:
@@ -116,6 +120,7 @@ def model_state_bytes(
     offloads_optimizer: bool = False,
     offloads_parameters: bool = False,
     secondary_partition_size: int = 1,
+    swap_buffers: tuple[int, int] | None = None,
 ) -> StateBytes:
     """Bytes of model states on one rank that holds `parameters` before ZeRO's sharding.
 
@@ -129,6 +134,9 @@ def model_state_bytes(
 
     ZeRO++'s hpZ (arXiv 2306.10209) cuts a second copy of stage 3's weights over S ranks of a host: `2 P / S` more, from
     the first forward pass of a step to the update.
+
+    With `swap_buffers`, their number and the most elements of each, an offloaded optimizer (stage 3) is on a disk, with
+    the gradients of the update: buffers for parts of it and the accumulated gradients remain in host memory.
     """
     ranks = gradient_parallel_size
     weights = parameters * DTYPE_BYTES[precision]
@@ -141,16 +149,19 @@ def model_state_bytes(
         weights += -(-parameters * DTYPE_BYTES[precision] // secondary_partition_size)
     gradients = -(-gradients // ranks) if zero_stage >= 2 else gradients
     states = -(-states // ranks) if zero_stage >= 1 else states
-    host = 0
+    host = disk = 0
     if offloads_optimizer:
         host, states = states + 4 * part, 0
+        if swap_buffers is not None:
+            count, most_elements = swap_buffers
+            disk, host = host, 4 * count * min(part, most_elements)
         if zero_stage >= 3:
             host, gradients = host + gradients, 0
         else:
             host += DTYPE_BYTES[precision] * part
     if offloads_parameters:
         host, weights = host + weights, 0
-    return StateBytes(weights, gradients, states, host)
+    return StateBytes(weights, gradients, states, host, disk)
 
 
 def layer_activation_bytes(

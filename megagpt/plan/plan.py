@@ -27,7 +27,7 @@ from megagpt.plan.layout import (
 from megagpt.plan.nearest import nearest_layout
 from megagpt.plan.recompute import recomputed_layers
 from megagpt.plan.rules import check_all
-from megagpt.plan.zero import is_zero_plus_plus
+from megagpt.plan.zero import is_zero_plus_plus, swap_buffer_elements
 
 NEVER = 1 << 60  # steps between DeepSpeed's own progress lines: ours replace them
 
@@ -284,10 +284,11 @@ def _estimate_memory(
             deepspeed.offloads_optimizer,
             deepspeed.offloads_parameters,
             deepspeed.secondary_partition_size,
+            swap_buffer_elements(deepspeed) if deepspeed.optimizer_is_on_disk else None,
         )
         for count, ranks in parts
     ]
-    weights, gradients, optimizer, host = (sum(sizes) for sizes in zip(*states, strict=True))
+    weights, gradients, optimizer, host, disk = (sum(sizes) for sizes in zip(*states, strict=True))
     activations = stage_activation_bytes(
         run.model,
         num_stage_layers=len(transformer_layers_of_stage(bounds, stage)),
@@ -301,7 +302,7 @@ def _estimate_memory(
         training=run.training,
         precision=deepspeed.precision,
     )
-    return MemoryEstimate(stage, weights, gradients, optimizer, activations, host)
+    return MemoryEstimate(stage, weights, gradients, optimizer, activations, host, disk)
 
 
 def _notes(run: RunConfig, deepspeed: DeepSpeedConfig, batch: Batch) -> list[str]:
@@ -321,6 +322,11 @@ def _notes(run: RunConfig, deepspeed: DeepSpeedConfig, batch: Batch) -> list[str
         notes.append(
             "ZeRO++: bytes sent are told as if nothing were quantised; zero_quantized_weights and "
             "zero_quantized_gradients send fewer"
+        )
+    if deepspeed.optimizer_is_on_disk and run.checkpoint.directory and run.checkpoint.asynchronous:
+        notes.append(
+            "training waits for each save: checkpoint.asynchronous=true would first copy the state aside in memory, "
+            "which need not have room for master weights and moments as they are on a disk"
         )
     stages, microbatches = run.parallel.pipeline_model_parallel_size, batch.num_microbatches
     if microbatches < stages:

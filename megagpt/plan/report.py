@@ -42,7 +42,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "pipeline_bubble": plan.pipeline_bubble,
         "stage_bounds": list(plan.stage_bounds),
         "memory_per_stage": [
-            {"stage": estimate.stage, **{part: getattr(estimate, part) for part in (*MEMORY_PARTS, "host")}}
+            {"stage": estimate.stage, **{part: getattr(estimate, part) for part in (*MEMORY_PARTS, "host", "disk")}}
             for estimate in plan.memory_per_stage
         ],
         "sent_per_stage": _sent_per_stage(plan),
@@ -136,7 +136,10 @@ def _precision_lines(plan: Plan) -> list[str]:
     if plan.deepspeed.offloads_parameters:
         lines.append("weights in host memory until a layer needs them")
     if plan.deepspeed.offloads_optimizer:
-        lines.append("master weights, moments and the update in host memory")
+        if plan.deepspeed.optimizer_is_on_disk:
+            lines.append("master weights and moments on a disk, the update in host memory")
+        else:
+            lines.append("master weights, moments and the update in host memory")
     if plan.precision == "fp16":
         kind = "dynamic, from" if plan.deepspeed.loss_scale_is_dynamic else "always"
         lines.append(
@@ -172,7 +175,7 @@ def _memory_table(plan: Plan) -> list[str]:
     contents = [stage_contents(plan, stage) for stage in range(plan.pipeline_parallel_size)]
     width = max(len("holds"), *(len(text) for text in contents))
     scale, unit = (GIB, "GiB") if plan.memory.total >= GIB else (1 << 20, "MiB")
-    parts = [*MEMORY_PARTS, *(["host"] if plan.memory.host else [])]
+    parts = [*MEMORY_PARTS, *(part for part in ("host", "disk") if getattr(plan.memory, part))]
     lines = [
         f"estimated memory per rank in {unit} (buckets, temporary tensors and the framework come on top)",
         f"{'stage':<7}{'holds':<{width}}" + "".join(f"{part:>13}" for part in parts),

@@ -176,7 +176,9 @@ def measure_run(plan: Plan, ranks: Ranks) -> RankMeasurement:
         losses=losses,
         norms=norms,
         fragments=[
-            Fragment(part.name, part.start, part.master.float().cpu().numpy().copy()) for part in engine.fragments()
+            Fragment(part.name, part.start, part.master.float().cpu().numpy().copy())
+            for group in engine.groups_in_memory()
+            for part in group
         ],
         shapes={name: engine.shard_shape(name) for name in engine.parameters},
         digests={

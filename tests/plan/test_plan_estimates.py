@@ -71,19 +71,28 @@ def test_model_states_are_those_of_arxiv_1910_02054(billions, ranks, stage, giga
 
 
 def test_fp32_gradients_and_sgd():
-    assert model_state_bytes(100, "bf16", "fp32", 1, 4, "adamw") == (200, 400, 300, 0)
-    assert model_state_bytes(100, "fp32", "fp32", 1, 4, "sgd") == (400, 400, 0, 0)
-    assert model_state_bytes(100, "fp32", "fp32", 1, 4, "sgd", offloads_optimizer=True)[2:] == (0, 300)
+    assert model_state_bytes(100, "bf16", "fp32", 1, 4, "adamw") == (200, 400, 300, 0, 0)
+    assert model_state_bytes(100, "fp32", "fp32", 1, 4, "sgd") == (400, 400, 0, 0, 0)
+    assert model_state_bytes(100, "fp32", "fp32", 1, 4, "sgd", offloads_optimizer=True)[2:] == (0, 300, 0)
 
 
 def test_what_is_offloaded_leaves_the_device():
     # stages 1 and 2: 12 bytes of states, fp32 gradients and a copy of the weights per parameter of this rank's part
     offloaded = model_state_bytes(100, "bf16", "fp32", 2, 4, "adamw", offloads_optimizer=True)
-    assert offloaded == (200, 100, 0, 25 * (12 + 4 + 2))
+    assert offloaded == (200, 100, 0, 25 * (12 + 4 + 2), 0)
     offloaded = model_state_bytes(100, "bf16", "fp32", 3, 4, "adamw", offloads_optimizer=True)
-    assert offloaded == (50, 0, 0, 25 * (12 + 4 + 4))
+    assert offloaded == (50, 0, 0, 25 * (12 + 4 + 4), 0)
     everything = model_state_bytes(100, "fp16", "fp16", 3, 4, "sgd", offloads_optimizer=True, offloads_parameters=True)
-    assert everything == (0, 0, 0, 25 * (4 + 4 + 2 + 2))
+    assert everything == (0, 0, 0, 25 * (4 + 4 + 2 + 2), 0)
+
+
+def test_what_is_on_a_disk_leaves_buffers_in_host_memory():
+    # master weights, moments and the gradients of the update on the disk; accumulated gradients and buffers in memory
+    args = (100, "bf16", "fp32", 3, 4, "adamw")
+    small = model_state_bytes(*args, offloads_optimizer=True, swap_buffers=(4, 10))
+    assert small == (50, 0, 0, 25 * 4 + 4 * 4 * 10, 25 * (12 + 4))
+    large = model_state_bytes(*args, offloads_optimizer=True, swap_buffers=(4, 1000))
+    assert large.host == 25 * 4 + 4 * 4 * 25, "no buffer is larger than what there is"
 
 
 def test_a_second_copy_of_the_weights_is_cut_over_fewer_ranks():

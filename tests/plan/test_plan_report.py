@@ -67,6 +67,20 @@ def test_the_report_tells_what_is_offloaded():
     assert plan.engine_config()["zero_force_ds_cpu_optimizer"] is False
 
 
+def test_the_report_tells_what_is_on_a_disk():
+    sections = {"model": {"preset": "llama3-8b"}, "training": {"steps": 1}, "checkpoint": {"directory": "checkpoints"}}
+    raw = {"train_batch_size": 8, "bf16": {"enabled": True}}
+    zero = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/local_disk"}, "sub_group_size": 100}
+    plan = make_plan(run_config_from_dict(sections), deepspeed_config_from_dict({**raw, "zero_optimization": zero}), 8)
+    text = describe(plan)
+    assert text.count("master weights and moments on a disk, the update in host memory") == 1
+    assert text.count("note: training waits for each save: checkpoint.asynchronous=true would first copy") == 1
+    assert text.count(" host         disk\n") == 1, "the table has columns for them"
+    found = plan_as_dict(plan)["memory_per_stage"][0]
+    assert found["disk"] == plan.memory.disk == 16 * plan.num_parameters // 8
+    assert found["host"] == 4 * plan.num_parameters // 8 + 4 * 4 * 100, "gradients and buffers"
+
+
 def test_the_report_tells_fp16s_loss_scale():
     run = run_config_from_dict({"model": {"preset": "quickstart"}, "training": {"steps": 1}})
     for fp16, words in (({}, "loss scale dynamic, from 65,536;"), ({"loss_scale": 128}, "loss scale always 128;")):

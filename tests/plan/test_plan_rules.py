@@ -47,6 +47,9 @@ def zero(stage: int, **keys) -> dict:
     return {"zero_optimization": {"stage": stage, **keys}}
 
 
+NVME = {"device": "nvme", "nvme_path": "/local_disk"}
+
+
 @pytest.mark.parametrize(
     ("sections", "deepspeed", "world_size", "words"),
     [
@@ -191,13 +194,28 @@ def zero(stage: int, **keys) -> dict:
         ({"data": {"split": [2, -1, 1]}}, {}, 1, "data.split=[2.0, -1.0, 1.0] must hold shares"),
         ({"checkpoint": {"save_interval": 5}}, {}, 1, "checkpoint.save_interval=5 needs a place to save to"),
         ({}, zero(2, offload_param={"device": "cpu"}), 1, "offload_param needs ZeRO stage 3"),
+        ({}, zero(3, offload_param=NVME), 1, 'offload_param.device="nvme" is not supported: DeepSpeed removes'),
+        ({}, zero(2, offload_optimizer=NVME), 1, 'offload_optimizer.device="nvme" needs ZeRO stage 3, but stage=2'),
+        ({}, zero(3, offload_optimizer={"device": "nvme"}), 1, "offload_optimizer.nvme_path=None must be the absolute"),
+        ({}, zero(3, offload_optimizer=NVME | {"nvme_path": "swap"}), 1, "nvme_path='swap' must be the absolute path"),
         (
             {},
-            zero(3, offload_optimizer={"device": "nvme"}),
+            zero(3, offload_optimizer=NVME | {"buffer_count": 3}),
             1,
-            'device="nvme" is not supported: checkpoints read the',
+            "offload_optimizer.buffer_count=3 must be a whole number of at least 4 with optimizer.name=adamw",
         ),
-        ({}, zero(3, offload_optimizer={"device": "gpu"}), 1, 'device=\'gpu\' must be "cpu" or "none"'),
+        (
+            {"optimizer": {"name": "sgd"}},
+            zero(3, offload_optimizer=NVME | {"buffer_count": 3, "pipeline_read": True}),
+            1,
+            "buffer_count=3 must be a whole number of at least 4 with optimizer.name=sgd and pipeline_read",
+        ),
+        ({}, zero(3, offload_optimizer=NVME, sub_group_size=0), 1, "sub_group_size=0 must be a positive integer"),
+        ({}, zero(3, offload_optimizer=NVME) | {"aio": {"queue_depth": 0}}, 1, "aio.queue_depth=0 must be a positive"),
+        ({}, zero(3, offload_optimizer=NVME) | {"aio": {"block_size": 1000}}, 1, "aio.block_size=1000 must be a multi"),
+        ({}, zero(3, offload_optimizer=NVME) | {"aio": {"single_submit": 1}}, 1, "aio.single_submit=1 must be true or"),
+        ({}, zero(3, offload_optimizer=NVME) | {"aio": {"use_gds": True}}, 1, "aio.use_gds=true"),
+        ({}, zero(3, offload_optimizer={"device": "gpu"}), 1, 'device=\'gpu\' must be "cpu", "nvme" or "none"'),
         ({}, zero(3, offload_optimizer=True), 1, "offload_optimizer=True must be an object"),
         ({}, zero(3, offload_optimizer={"device": "cpu", "ratio": 0.5}), 1, "ratio=0.5 needs DeepSpeed's compiled CPU"),
         ({}, zero(3, offload_optimizer={"device": "cpu", "super_offload": True}), 1, "super_offload=true needs"),
@@ -237,6 +255,7 @@ def test_each_broken_rule_gets_one_sentence(sections, deepspeed, world_size, wor
         ({}, zero(1, offload_param={"device": "none"}, cpu_offload=None), 1),
         ({}, zero(3, offload_param={"device": "cpu"}, offload_optimizer={"device": "cpu", "pin_memory": False}), 1),
         ({"parallel": parallel(2, 2)}, zero(1, offload_optimizer={"device": "cpu"}), 4),
+        ({}, zero(3, offload_optimizer=NVME, offload_param={"device": "cpu"}, sub_group_size=1e8), 1),
         ({}, zero(3, zero_hpz_partition_size=2, zero_quantized_weights=True, zero_quantized_gradients=True), 4),
         ({"model": {"kv_channels": 7, "position_embedding_type": "learned_absolute"}}, {}, 1),
         ({"checkpoint": {"save_interval": 5, "directory": "runs/x"}}, {}, 1),
