@@ -14,7 +14,7 @@ from megagpt.convert.canonical import canonical_shapes
 from megagpt.convert.writer import write_hf_folder
 from megagpt.plan.config import ModelConfig
 
-pytestmark = pytest.mark.usefixtures("libraries")
+pytestmark = [pytest.mark.usefixtures("libraries"), pytest.mark.timeout(1200)]  # compiling takes minutes
 
 # DeepSpeed leaves in memory what is smaller than 1 MiB. Of this model some sub-groups are larger, on 2 ranks too.
 WIDE = {"num_layers": 2, "hidden_size": 256, "ffn_hidden_size": 512, "vocab_size": 1000}
