@@ -35,18 +35,19 @@ class Node:
         return not constraint or any(self.features.issuperset(part.split("&")) for part in constraint.split("|"))
 
 
-def keep_off(job: str, bad: Sequence[str]) -> str:
+def keep_off(job: str, bad: Sequence[str], num_nodes: int) -> str:
     """Have a pending job start without some nodes.
 
     Args:
         job: Slurm's number of it.
         bad: nodes.
+        num_nodes: that it needs. Of a job that has just been queued again Slurm tells those that it has not left yet.
 
     Returns:
         Why it may still get them; empty: it does not.
     """
     fields = _fields("job", job)
-    obstacles = [_obstacle(fields, partition, bad) for partition in fields.get("Partition", "").split(",")]
+    obstacles = [_obstacle(fields, partition, bad, num_nodes) for partition in fields.get("Partition", "").split(",")]
     if all(obstacles):
         return obstacles[0]
     excluded = dict.fromkeys([*_hosts(fields.get("ExcNodeList", "")), *bad])
@@ -54,7 +55,7 @@ def keep_off(job: str, bad: Sequence[str]) -> str:
     return "scontrol refuses to leave them out, as printed above" if told is None else ""
 
 
-def _obstacle(fields: Mapping[str, str], partition: str, bad: Sequence[str]) -> str:
+def _obstacle(fields: Mapping[str, str], partition: str, bad: Sequence[str], needed: int) -> str:
     """Why a job cannot do without some nodes of a partition; empty if it can."""
     nodes, constraint, reservation = _nodes(partition), fields.get("Features", ""), fields.get("Reservation", "")
     if missing := [name for name in bad if name not in nodes]:
@@ -74,7 +75,6 @@ def _obstacle(fields: Mapping[str, str], partition: str, bad: Sequence[str]) -> 
         and node.serves_like(nodes[bad[0]])
         and node.fulfils(constraint)
     ]
-    needed = int(fields.get("NumNodes", "1").partition("-")[0])
     is_enough = len(others) >= needed
     return "" if is_enough else f"of nodes that serve as well {len(others)} are up, and the job needs {needed}"
 

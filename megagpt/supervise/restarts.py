@@ -121,10 +121,11 @@ def end(
     if job is None or (ask("squeue", "--noheader", "--jobs", job, "--format=%T") or "").strip() != "RUNNING":
         say("not started again: the job was cancelled, or is none of Slurm's")
         return unfinished
-    bad = _bad_hosts(run, environ)
+    num_nodes = int(environ.get("SLURM_NNODES", "1"))
+    bad = _bad_hosts(run, num_nodes)
     if not may_requeue:
         if links := followers(job, ended_well=status == 0):
-            say(f"job {links[0]} goes on from step {step:,}{_without(bad, links)}")
+            say(f"job {links[0]} goes on from step {step:,}{_without(bad, links, num_nodes)}")
             return status
         say(f"the run has come to step {step:,} of {run.training.steps:,}; submit it again, and it goes on from there")
         return unfinished
@@ -136,13 +137,13 @@ def end(
     if ask("scontrol", "requeue", job) is None:
         say(f"Slurm does not queue job {job} again, as printed above; submit it again: it goes on from step {step:,}")
         return unfinished
-    say(f"job {job} is queued again and goes on from step {step:,}{_without(bad, [job])}")
+    say(f"job {job} is queued again and goes on from step {step:,}{_without(bad, [job], num_nodes)}")
     return 0
 
 
-def _without(bad: list[str], jobs: list[str]) -> str:
+def _without(bad: list[str], jobs: list[str], num_nodes: int) -> str:
     """Have jobs start without some nodes; in words that continue a sentence about them."""
-    reasons = [keep_off(job, bad) for job in jobs] if bad else []
+    reasons = [keep_off(job, bad, num_nodes) for job in jobs] if bad else []
     if reason := next(filter(None, reasons), ""):
         return f"; {', '.join(bad)} may be among its nodes again: {reason}"
     return f" without {', '.join(bad)}" if bad else ""
@@ -174,12 +175,11 @@ def _starts(path: Location) -> list[Start]:
     return starts
 
 
-def _bad_hosts(run: RunConfig, environ: Mapping[str, str]) -> list[str]:
+def _bad_hosts(run: RunConfig, num_nodes: int) -> list[str]:
     """Hosts that the last verdict of this start holds responsible, if it is not all of them."""
     verdict = _verdict_of_last_start(run)
     if verdict is None or not _blames_host(verdict):
         return []
-    num_nodes = int(environ.get("SLURM_NNODES", "1"))
     return verdict.hosts if len(verdict.hosts) < num_nodes or num_nodes == 1 else []
 
 

@@ -13,7 +13,8 @@ class Slurm:
 
     def __init__(self) -> None:
         self.nodes = {f"node{number}": f"idle|{GPU}|(null)" for number in (1, 2, 3)}
-        self.job = {"Partition": "main", "ExcNodeList": "(null)", "Features": "(null)", "NumNodes": "2"}
+        # NumNodes of a job that has just been queued again, and has left one of its two nodes
+        self.job = {"Partition": "main", "ExcNodeList": "(null)", "Features": "(null)", "NumNodes": "1"}
         self.updates: list[str] = []
         self.refuses = False
         self.queue = ""
@@ -43,8 +44,8 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Slurm:
 
 def test_nodes_are_left_out_besides_those_that_already_are(slurm: Slurm) -> None:
     slurm.nodes |= {"node4": f"resv|{GPU}|(null)", "node5": f"mix-|{GPU}|fast,new"}
-    slurm.job |= {"ExcNodeList": "node4,node2", "NumNodes": "2-2"}
-    assert keep_off("7", ["node2"]) == ""
+    slurm.job |= {"ExcNodeList": "node4,node2"}
+    assert keep_off("7", ["node2"], 2) == ""
     assert slurm.updates == ["ExcNodeList=node4,node2"]
 
 
@@ -57,7 +58,7 @@ def test_nodes_are_left_out_besides_those_that_already_are(slurm: Slurm) -> None
 )
 def test_only_nodes_that_are_up_count(slurm: Slurm, state: str, is_enough: bool) -> None:
     slurm.nodes["node3"] = f"{state}|{GPU}|(null)"
-    reason = keep_off("7", ["node2"])
+    reason = keep_off("7", ["node2"], 2)
     assert reason == ("" if is_enough else "of nodes that serve as well 1 are up, and the job needs 2")
     assert bool(slurm.updates) == is_enough
 
@@ -65,7 +66,7 @@ def test_only_nodes_that_are_up_count(slurm: Slurm, state: str, is_enough: bool)
 @pytest.mark.parametrize("other", ["4|64000|gpu:a100:4(S:0-1)", "8|32000|gpu:a100:4(S:0-1)", "8|64000|gpu:t4:4"])
 def test_nodes_that_have_less_or_other_gpus_do_not_count(slurm: Slurm, other: str) -> None:
     slurm.nodes["node3"] = f"idle|{other}|(null)"
-    assert "1 are up, and the job needs 2" in keep_off("7", ["node2"])
+    assert "1 are up, and the job needs 2" in keep_off("7", ["node2"], 2)
 
 
 @pytest.mark.parametrize(
@@ -81,35 +82,34 @@ def test_nodes_that_have_less_or_other_gpus_do_not_count(slurm: Slurm, other: st
 def test_nodes_need_the_features_of_the_constraint(slurm: Slurm, constraint: str, reason: str) -> None:
     slurm.nodes = {f"node{number}": f"idle|{GPU}|fast,new" for number in (1, 2, 3)}
     slurm.job["Features"] = constraint
-    assert keep_off("7", ["node2"]).startswith(reason)
+    assert keep_off("7", ["node2"], 2).startswith(reason)
     assert bool(slurm.updates) == (reason == "")
 
 
 def test_a_reservation_has_its_own_nodes_only(slurm: Slurm) -> None:
     slurm.nodes |= {"node1": f"resv|{GPU}|(null)"}
-    slurm.job |= {"NumNodes": "1", "Reservation": "ours"}
-    assert keep_off("7", ["node2"]) == ""
-    slurm.job["NumNodes"] = "2"
-    assert "1 are up, and the job needs 2" in keep_off("7", ["node2"])
+    slurm.job |= {"Reservation": "ours"}
+    assert keep_off("7", ["node2"], 1) == ""
+    assert "1 are up, and the job needs 2" in keep_off("7", ["node2"], 2)
 
 
 def test_one_of_several_partitions_has_to_do(slurm: Slurm) -> None:
     slurm.job["Partition"] = "short,main"
-    assert keep_off("7", ["node2"]) == ""
+    assert keep_off("7", ["node2"], 2) == ""
     slurm.job["Partition"] = "short"
-    assert keep_off("7", ["node2"]) == "sinfo shows no node2 in partition short"
+    assert keep_off("7", ["node2"], 2) == "sinfo shows no node2 in partition short"
 
 
 def test_a_node_that_slurm_calls_otherwise_or_that_is_asked_for_stays(slurm: Slurm) -> None:
-    assert keep_off("7", ["node2.example.org"]) == "sinfo shows no node2.example.org in partition main"
+    assert keep_off("7", ["node2.example.org"], 2) == "sinfo shows no node2.example.org in partition main"
     slurm.job["ReqNodeList"] = "node1,node2"
-    assert keep_off("7", ["node2"]) == "--nodelist asks for node2"
+    assert keep_off("7", ["node2"], 2) == "--nodelist asks for node2"
     assert slurm.updates == []
 
 
 def test_what_slurm_refuses_is_told(slurm: Slurm) -> None:
     slurm.refuses = True
-    assert keep_off("7", ["node2"]) == "scontrol refuses to leave them out, as printed above"
+    assert keep_off("7", ["node2"], 2) == "scontrol refuses to leave them out, as printed above"
 
 
 def test_the_rest_of_a_chain_is_told_from_what_else_waits_for_it(slurm: Slurm) -> None:
