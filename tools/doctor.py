@@ -8,6 +8,7 @@ Exit status 1 if something would fail.
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from megagpt.errors import run_command
@@ -30,6 +31,7 @@ def main() -> int:
     run_config = load_run_config(args.config, args.overrides)
     world_size = launch.world_size if launch.world_size > 1 else args.world_size or 1
     plan = make_plan(run_config, load_deepspeed_config(args.deepspeed_config), world_size)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch's traces of connections that fail: the table tells
     quiet_libraries(verbose=False)
     from megagpt.preflight import examine, table
 
