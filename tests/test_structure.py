@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,12 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
+
+
+def test_no_two_test_modules_have_one_name() -> None:
+    """pytest imports them all by their names alone."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_there_is_something_to_check() -> None:
