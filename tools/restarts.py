@@ -4,9 +4,8 @@
     python tools/restarts.py end --status 0 --config run.yaml [key=value ...]
 
 `begin` refuses a job that was started several times without getting beyond the same checkpoint, and tells what has
-ended the start before, if its ranks knew; its exit status is 3 if the run is finished already. `end` has the job queued
-again if it was stopped before its last step or has crashed, without the node that failed if there are others; with
-`--requeue no` the next job of a chain goes on instead.
+ended the start before, if its ranks knew. `end` has the job queued again if it was stopped before its last step or has
+crashed, without the node that failed if there are others; with `--requeue no` the next job of a chain goes on instead.
 """
 
 import argparse
@@ -31,9 +30,6 @@ def main() -> int:
     if args.moment == "end":
         say = functools.partial(print, flush=True)
         return restarts.end(run, args.most_idle, args.status, args.requeue != "no", say=say)
-    if restarts.is_finished(run):
-        print("the run is finished already")
-        return restarts.FINISHED
     if words := restarts.begin(run, args.most_idle):
         print(words)
     return 0

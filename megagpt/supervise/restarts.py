@@ -19,8 +19,6 @@ from megagpt.supervise.beats import FOLDER, BeatFolder, Verdict
 from megagpt.supervise.exclusion import ask, followers, keep_off
 
 RECORD = "restarts.jsonl"
-FINISHED = 3
-"""Exit status for a batch file that has nothing to start."""
 
 
 class Start(BaseModel):
@@ -53,6 +51,9 @@ def is_finished(run: RunConfig) -> bool:
 def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.environ) -> str:
     """Note a start, unless the job has been started too often without getting on.
 
+    That of a run which looks finished is not noted, as later jobs of a chain may find it: its ranks see whether it is,
+    and go on from an older checkpoint if the last one is damaged.
+
     Args:
         run: the run config.
         most_idle: starts in a row from the same step that are allowed.
@@ -64,7 +65,7 @@ def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.enviro
     Raises:
         LaunchError: this would be one too many.
     """
-    if run.checkpoint.directory is None:
+    if run.checkpoint.directory is None or is_finished(run):
         return ""
     path, step = location(run.checkpoint.directory) / RECORD, newest_step(run)
     idle = _idle_starts(path, _chain(environ), step)

@@ -87,6 +87,9 @@ def test_a_stopped_run_is_queued_again_and_a_finished_one_is_not(job: Job) -> No
     assert job.said("requeued") == ["requeue 77"]
     job.save(10)
     assert is_finished(job.run)
+    starts = len((job.folder / "checkpoints" / "restarts.jsonl").read_text().splitlines())
+    assert begin(job.run, 0, job.environ) == "", "its ranks see whether the last checkpoint is whole"
+    assert len((job.folder / "checkpoints" / "restarts.jsonl").read_text().splitlines()) == starts
     assert ended(job.run, 3, 0, job.environ) == (0, "the run is finished at step 10")
     assert len(job.said("requeued")) == 1
 
