@@ -33,7 +33,7 @@ from megagpt.model import (
     set_auxiliary_loss_scale,
 )
 from megagpt.optim import build_optimizer
-from megagpt.parallel.ranks import Ranks
+from megagpt.parallel.ranks import Ranks, set_group_timeout
 from megagpt.plan import Plan
 from megagpt.supervise.pulse import Phase, Pulse
 
@@ -308,10 +308,21 @@ def build_engine(plan: Plan, ranks: Ranks, pulse: Pulse | None = None, judge: Ju
             f"{plan.deepspeed.source}: zero_optimization.zero_quantized_weights and zero_quantized_gradients need CUDA "
             "kernels, but this host has no CUDA device; remove them here (the rest of ZeRO runs the same without)"
         )
+    swap_folder = prepare_swap_folder(plan, ranks) if plan.deepspeed.optimizer_is_on_disk else None
+    try:
+        module, optimizer, wrapped = _build(plan, ranks, swap_folder)
+    except BaseException:
+        if swap_folder is not None:
+            swap_folder.remove()
+        raise
+    set_group_timeout(plan)
+    return Engine(plan, ranks, module, optimizer, wrapped, pulse, judge, swap_folder)
+
+
+def _build(plan: Plan, ranks: Ranks, swap_folder: SwapFolder | None) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    """Model, optimizer and DeepSpeed's engine around them."""
     config = plan.engine_config()
-    swap_folder = None
-    if plan.deepspeed.optimizer_is_on_disk:
-        swap_folder = prepare_swap_folder(plan, ranks)
+    if swap_folder is not None:
         config["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(swap_folder.path)
     is_pipeline = plan.pipeline_parallel_size > 1
     module: nn.Module
@@ -330,7 +341,7 @@ def build_engine(plan: Plan, ranks: Ranks, pulse: Pulse | None = None, judge: Ju
     )
     skip_reduction_by_one_rank(wrapped)
     share_fp32_weights(wrapped.optimizer)
-    return Engine(plan, ranks, module, optimizer, wrapped, pulse, judge, swap_folder)
+    return module, optimizer, wrapped
 
 
 def _finish(prefix: str, module: nn.Module, plan: Plan, ranks: Ranks) -> None:

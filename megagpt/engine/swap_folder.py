@@ -11,10 +11,11 @@ import mmap
 import os
 import shutil
 import socket
-import subprocess
 import tempfile
 import weakref
 from pathlib import Path
+
+import torch
 
 from megagpt.errors import ConfigError
 from megagpt.parallel.ranks import Ranks
@@ -84,23 +85,22 @@ def prepare_swap_folder(plan: Plan, ranks: Ranks) -> SwapFolder:
     """
     section = plan.deepspeed.raw["zero_optimization"]["offload_optimizer"]
     key, parent = "zero_optimization.offload_optimizer", Path(section["nvme_path"])
-    folder, problem, disk = None, _extension_problem(key), None
+    folder, problem = None, _extension_problem(key)
     if problem is None:
         try:
             remove_dead_folders(parent)
             folder = SwapFolder(parent)
             _write_directly(folder.path / "probe")
-            disk = socket.gethostname(), os.stat(parent).st_dev, shutil.disk_usage(parent).free
         except OSError as error:
             problem = (
                 f"{key}.nvme_path={parent} cannot be used on host {socket.gethostname()} ({error.strerror}); give a "
                 "folder that exists and can be written to on each host, on a local disk with room and direct I/O"
             )
-    needed = plan.memory_per_stage[ranks.pipeline_rank].disk
-    found = ranks.gather_objects((problem, disk, needed))
-    problems = list(dict.fromkeys(problem for problem, _, _ in found if problem))
-    if not problems:
-        problems = _room_problems(f"{key}.nvme_path={parent}", [(disk, needed) for _, disk, needed in found if disk])
+    problems = list(dict.fromkeys(filter(None, ranks.gather_objects(problem))))
+    if not problems:  # by now all ranks have removed what they could
+        disk = socket.gethostname(), os.stat(parent).st_dev, shutil.disk_usage(parent).free
+        found = ranks.gather_objects((disk, plan.memory_per_stage[ranks.pipeline_rank].disk))
+        problems = _room_problems(f"{key}.nvme_path={parent}", found)
     if problems:
         if folder is not None:
             folder.remove()
@@ -115,12 +115,13 @@ def _extension_problem(key: str) -> str | None:
 
     try:
         AsyncIOBuilder().load()
-    except (RuntimeError, OSError, ImportError, AssertionError, subprocess.CalledProcessError) as error:
-        why = " ".join(str(error).split())
+    except Exception as error:  # whatever compilers, torch and DeepSpeed raise
+        why = " ".join(str(error).split()) or type(error).__name__
+        toolkit = ", the CUDA toolkit (nvcc; CUDA_HOME names it)" if torch.cuda.is_available() else ""
         return (
             f'{key}.device="nvme" needs DeepSpeed\'s extension async_io, which does not load on host '
             f"{socket.gethostname()} ({why[:300]}); install libaio with its headers (Debian and Ubuntu: apt install "
-            'libaio-dev), g++ and ninja, or use device="cpu"'
+            f'libaio-dev), g++ and ninja{toolkit}, or use device="cpu"'
         )
     return None
 

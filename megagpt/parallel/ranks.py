@@ -194,6 +194,13 @@ def group_timeout(plan: Plan) -> timedelta:
     return max(SHORTEST_GROUP_TIMEOUT, timedelta(seconds=longest) + timedelta(minutes=10))
 
 
+def set_group_timeout(plan: Plan) -> None:
+    """Have all groups wait as long as the first one, those too that Megatron-Core and DeepSpeed have made."""
+    distributed = dist.distributed_c10d
+    for group in list(distributed._world.pg_map):
+        distributed._set_pg_timeout(group_timeout(plan), group)
+
+
 def _network_advice(launch: Launch, error: Exception) -> str:
     where = f"MASTER_ADDR={launch.master_addr} MASTER_PORT={launch.master_port}"
     if "EADDRINUSE" in str(error):

@@ -42,17 +42,20 @@ def problem_of(plan, ranks=ALONE) -> str:
     return str(caught.value)
 
 
-def test_a_host_without_the_extension_is_told_what_to_install(tmp_path, monkeypatch):
+# A host with GPUs and no CUDA toolkit: DeepSpeed joins CUDA_HOME, which is None, to a path.
+@pytest.mark.parametrize("error", [RuntimeError("Unable to JIT load the async_io op"), TypeError("not NoneType")])
+def test_a_host_without_the_extension_is_told_what_to_install(tmp_path, monkeypatch, error):
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     def fail(self):
-        raise RuntimeError("Unable to JIT load the async_io op")
+        raise error
 
     monkeypatch.setattr(AsyncIOBuilder, "load", fail)
     words = problem_of(plan_on(tmp_path))
     assert 'offload_optimizer.device="nvme" needs DeepSpeed\'s extension async_io' in words
-    assert "(Unable to JIT load the async_io op); install libaio" in words
+    assert f"({error}); install libaio" in words
     assert "apt install libaio-dev" in words
+    assert "CUDA" not in words, "this host has no GPU"
     assert os.listdir(tmp_path) == []
 
 

@@ -135,7 +135,7 @@ def come_alone(host: str) -> tuple[str, int]:
     if launch.rank == 2:
         return "", 0
     try:
-        meet(launch, seconds=3.0)
+        meet(launch, seconds=8.0)
     except MegagptError as error:
         return str(error), error.exit_code
     return "all have come", 0
@@ -143,7 +143,7 @@ def come_alone(host: str) -> tuple[str, int]:
 
 def test_a_rank_that_does_not_come_is_named_once(libraries):
     (said, status), *others = run_ranks(come_alone, 4, "node")
-    assert re.match(r"1 of 4 ranks have not come to MASTER_ADDR=127.0.0.1 MASTER_PORT=\d+ within 3 s: 2; the ", said)
+    assert re.match(r"1 of 4 ranks have not come to MASTER_ADDR=127.0.0.1 MASTER_PORT=\d+ within 8 s: 2; the ", said)
     assert "the others are on node0, node1, node3: see that" in said
     assert status == 75, "the next start may well find it"
     assert others == [("", 75), ("", 0), ("", 75)]
@@ -156,6 +156,27 @@ def test_ranks_wait_longer_for_each_other_than_the_watchdog_does():
         return group_timeout(tiny_plan(sections={"supervision": {"hang_seconds": hang_seconds}})).total_seconds()
 
     assert [seconds(60.0), seconds(600.0), seconds(0.0)] == [1800.0, 4200.0, 86400.0]
+
+
+def timeouts_of_groups(plan) -> list[float]:
+    """Of all groups, once the engine is there, which makes some of its own."""
+    import torch
+    import torch.distributed as dist
+
+    from megagpt.engine import build_engine
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.parallel.ranks import start_ranks
+
+    build_engine(plan, start_ranks(plan, detect_launch()))
+    groups = list(dist.distributed_c10d._world.pg_map)
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def test_groups_of_megatron_core_and_of_deepspeed_wait_as_long(libraries):
+    plan = tiny_plan(pp=2, sections={"supervision": {"hang_seconds": 600.0}})
+    for timeouts in run_ranks(timeouts_of_groups, 2, plan):
+        assert len(timeouts) > 5
+        assert set(timeouts) == {4200.0}
 
 
 def start_at_a_taken_port() -> None:
