@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,15 @@ from megagpt.storage import RemotePath, location
 if TYPE_CHECKING:
     from megagpt.parallel.ranks import Ranks
 
+SECONDS_FOR_THE_FIRST = 5.0
+
 
 @contextlib.contextmanager
 def own_errors(launch: Launch) -> Iterator[None]:
     """What a rank meets before it knows the others it tells by its name: a host may see other files, or none.
+
+    The first rank of a host is given time to do so before the others do: mostly they all see the same, and the launcher
+    ends them meanwhile.
 
     Raises:
         RankError: in place of an error about data or a store, if there are other ranks.
@@ -28,6 +34,8 @@ def own_errors(launch: Launch) -> Iterator[None]:
     except (DataError, StorageError) as error:
         if launch.world_size == 1:
             raise
+        if launch.local_rank != 0:
+            time.sleep(SECONDS_FOR_THE_FIRST)
         raise RankError(f"rank {launch.rank} on {host_name()}: {error}", error.exit_code) from None
 
 
@@ -75,9 +83,10 @@ def require_intact_data(plan: Plan, ranks: "Ranks", launch: Launch) -> None:
     from megagpt.data.run_data import damaged_datasets
 
     readers = [rank for rank in range(ranks.world_size) if plan.reads_samples(rank)]
-    mine = []
+    mine: list[tuple[str, int]] = []
     if ranks.rank in readers:
         with own_errors(launch):
             mine = damaged_datasets(plan.run.data, readers.index(ranks.rank), len(readers))
     if damaged := [problem for part in ranks.gather_objects(mine) for problem in part]:
-        raise DataError("\n".join(damaged))
+        texts, exit_codes = zip(*damaged, strict=True)
+        raise DataError("\n".join(texts), min(exit_codes))  # what is to be mended comes first

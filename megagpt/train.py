@@ -277,7 +277,7 @@ def _deadline(plan: Plan, ranks: "Ranks", save_seconds: float | None) -> Deadlin
     deadline = Deadline(
         end_of_job() if ranks.rank == 0 else None,
         None if minutes is None else started + 60 * minutes,
-        plan.checkpoint_bytes // plan.world_size,
+        None if plan.run.checkpoint.directory is None else plan.checkpoint_bytes // plan.world_size,
     )
     if save_seconds is not None:
         deadline.note_save(save_seconds)

@@ -152,7 +152,7 @@ def open_whole(
     return tuple(HeldOut(name, stream, 1 / len(streams)) for name, stream in streams if stream is not None)
 
 
-def damaged_datasets(config: DataConfig, part: int = 0, of: int = 1) -> list[str]:
+def damaged_datasets(config: DataConfig, part: int = 0, of: int = 1) -> list[tuple[str, int]]:
     """Compare all files of a run with the checksums of their manifests, if `verify_checksums` asks for it.
 
     Args:
@@ -161,15 +161,16 @@ def damaged_datasets(config: DataConfig, part: int = 0, of: int = 1) -> list[str
         of: number of parts.
 
     Returns:
-        What is wrong, one sentence per dataset; a dataset without manifest counts as wrong.
+        What is wrong, one sentence per dataset, and the exit status that goes with it; a dataset without manifest
+        counts as wrong.
     """
-    problems = []
+    problems: list[tuple[str, int]] = []
     if config.verify_checksums:
         for entry in (*config.mixed, *config.validation, *config.test)[part::of]:
             try:
                 verify_files(entry.prefix)
             except DataError as error:
-                problems.append(str(error))
+                problems.append((str(error), error.exit_code))
     return problems
 
 

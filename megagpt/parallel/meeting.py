@@ -49,7 +49,7 @@ def meet(launch: Launch, seconds: float = MEETING_SECONDS) -> dist.TCPStore | No
         store.set(f"{_PREFIX}/all", "")
     try:
         store.wait([f"{_PREFIX}/all"], timedelta(seconds=seconds))
-    except dist.DistError:
+    except dist.DistStoreError:  # nobody has left, or the store would not answer at all
         if launch.rank != 0:
             raise RankError("", TRY_AGAIN) from None
         raise LaunchError(_missing(store, launch, seconds), TRY_AGAIN) from None

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 MOST_FOR_ALL_PAIRS = 32
-"""Hosts of which all pairs meet; of more, those at distances 1, 2, 4 ... do."""
+"""Hosts of which all pairs meet; of more, those whose numbers differ in one bit do."""
 _MOST_FAILURES = 2
 
 

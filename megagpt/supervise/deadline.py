@@ -9,6 +9,8 @@ FIRST_SAVE_SECONDS = 60.0
 """Taken for the length of a save until one has been measured, if not longer by its size."""
 FIRST_SAVE_BYTES_PER_SECOND = 50e6
 """And by each rank: little for a file system that ranks share, but what is too early costs minutes, too late a save."""
+FIRST_SAVE_SHARE = 0.25
+"""And of the time that is left: a guess shall not take the time from all training."""
 LEAVING_SECONDS = 15.0
 """To close files and process groups."""
 
@@ -34,12 +36,16 @@ class Deadline:
     Args:
         ends_at: when the job is ended, seconds since the epoch; None: never.
         stop_at: when the run shall have stopped by itself, likewise.
-        bytes_per_rank: of a checkpoint.
+        bytes_per_rank: of a checkpoint; None: nothing is saved.
     """
 
-    def __init__(self, ends_at: float | None, stop_at: float | None = None, bytes_per_rank: int = 0):
+    def __init__(self, ends_at: float | None, stop_at: float | None = None, bytes_per_rank: int | None = 0):
         self.ends_at = min((moment for moment in (ends_at, stop_at) if moment is not None), default=None)
-        self._first_save_seconds = max(FIRST_SAVE_SECONDS, bytes_per_rank / FIRST_SAVE_BYTES_PER_SECOND)
+        self._first_save_seconds = 0.0
+        if bytes_per_rank is not None:
+            left = 0.0 if self.ends_at is None else self.ends_at - time.time()
+            guess = min(bytes_per_rank / FIRST_SAVE_BYTES_PER_SECOND, FIRST_SAVE_SHARE * left)
+            self._first_save_seconds = max(FIRST_SAVE_SECONDS, guess)
         self._save_seconds: float | None = None
         self._step_seconds = self._evaluation_seconds = 0.0
 

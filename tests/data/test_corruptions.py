@@ -194,8 +194,9 @@ def test_found_by_the_checksums(folder, corruption):
     assert damaged_datasets(config(folder)) == [], "only if asked for"
     shared = [damaged_datasets(config(folder, verify_checksums=True), part, 2) for part in range(2)]
     assert [len(problems) for problems in shared] == [1, 0], "the other one looks at what there is beside it"
-    (problem,) = damaged_datasets(config(folder, verify_checksums=True))
+    ((problem, exit_code),) = damaged_datasets(config(folder, verify_checksums=True))
     assert "the file was damaged or replaced" in problem
+    assert exit_code == 2
 
 
 def test_tokens_outside_the_vocabulary_without_a_manifest(folder):
@@ -207,5 +208,5 @@ def test_tokens_outside_the_vocabulary_without_a_manifest(folder):
     stream = open_data(config(folder), VOCABULARY, 16, seed=1).train
     with pytest.raises(DataError, match=r"is 4999, outside model\.vocab_size=300"):
         stream.sample(0)
-    (problem,) = damaged_datasets(config(folder, verify_checksums=True))
+    ((problem, _),) = damaged_datasets(config(folder, verify_checksums=True))
     assert "d.json does not exist" in problem

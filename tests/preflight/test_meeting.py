@@ -38,11 +38,11 @@ def gather_with_one_that_is_busy() -> tuple[dict, dict, dict] | str:
     before = meeting.gather("value", 10 * rank, 60)
     meeting.note("its disk")
     if rank == 2:
-        time.sleep(20)
+        time.sleep(26)
         with pytest.raises(LaunchError) as raised:
-            meeting.gather("value", 10 * rank + 1, 2)
+            meeting.gather("value", 10 * rank + 1, 8)
         return str(raised.value)
-    after = meeting.gather("value", 10 * rank + 1, 2)
+    after = meeting.gather("value", 10 * rank + 1, 8)
     meeting.part()
     return before, after, meeting.lost
 

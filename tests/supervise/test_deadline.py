@@ -62,10 +62,16 @@ def test_the_save_starts_early_enough_for_what_was_measured() -> None:
 
 
 def test_a_large_checkpoint_is_begun_earlier_until_its_save_is_measured() -> None:
-    deadline = Deadline(1000.0, bytes_per_rank=13_000_000_000)
+    deadline = Deadline(time.time() + 36_000.0, bytes_per_rank=13_000_000_000)
     assert deadline.seconds_needed() == 260.0 + LEAVING_SECONDS
     deadline.note_save(400.0)
     assert deadline.seconds_needed() == 600.0 + LEAVING_SECONDS
+
+
+def test_a_guessed_save_leaves_most_of_the_time_to_training() -> None:
+    ends_at = time.time() + 1800.0
+    assert Deadline(ends_at, bytes_per_rank=96_000_000_000).seconds_needed() == pytest.approx(450.0 + 15.0, abs=1.0)
+    assert Deadline(ends_at, bytes_per_rank=None).seconds_needed() == LEAVING_SECONDS, "nothing will be saved"
 
 
 def test_a_long_evaluation_is_remembered_until_the_next_one() -> None:
