@@ -4,6 +4,7 @@ Process groups would wait for a missing rank as long as for any collective, and 
 """
 
 import os
+import time
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from megagpt.parallel.launch import Launch
 MEETING_SECONDS = 600.0
 """From the first rank's coming to the last one's: enough to load libraries and to fetch an index on a busy host."""
 _PREFIX = "megagpt/meeting"
+_OUTCOME, _ALL, _MISSING = f"{_PREFIX}/outcome", "all have come", "some are missing"
+_SECONDS_TO_HEAR = 2.0
 
 
 def meet(launch: Launch, seconds: float = MEETING_SECONDS) -> dist.TCPStore | None:
@@ -46,13 +49,18 @@ def meet(launch: Launch, seconds: float = MEETING_SECONDS) -> dist.TCPStore | No
     )
     store.set(f"{_PREFIX}/{launch.rank}", host_name())
     if store.add(f"{_PREFIX}/come", 1) == launch.world_size:
-        store.set(f"{_PREFIX}/all", "")
+        store.set(_OUTCOME, _ALL)
     try:
-        store.wait([f"{_PREFIX}/all"], timedelta(seconds=seconds))
-    except dist.DistStoreError:  # nobody has left, or the store would not answer at all
+        store.wait([_OUTCOME], timedelta(seconds=seconds if launch.rank == 0 else 2 * seconds))
+    except dist.DistStoreError:
         if launch.rank != 0:
-            raise RankError("", TRY_AGAIN) from None
-        raise LaunchError(_missing(store, launch, seconds), TRY_AGAIN) from None
+            raise
+        text = _missing(store, launch, seconds)
+        store.set(_OUTCOME, _MISSING)
+        time.sleep(_SECONDS_TO_HEAR)  # the store goes with this process
+        raise LaunchError(text, TRY_AGAIN) from None
+    if store.get(_OUTCOME).decode() == _MISSING:
+        raise RankError("", TRY_AGAIN)
     return store
 
 
