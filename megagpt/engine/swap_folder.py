@@ -10,7 +10,6 @@ import fcntl
 import mmap
 import os
 import shutil
-import socket
 import tempfile
 import weakref
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from megagpt.errors import ConfigError
+from megagpt.launchers import host_name
 from megagpt.parallel.ranks import Ranks
 from megagpt.plan import Plan
 
@@ -93,12 +93,12 @@ def prepare_swap_folder(plan: Plan, ranks: Ranks) -> SwapFolder:
             _write_directly(folder.path / "probe")
         except OSError as error:
             problem = (
-                f"{key}.nvme_path={parent} cannot be used on host {socket.gethostname()} ({error.strerror}); give a "
+                f"{key}.nvme_path={parent} cannot be used on host {host_name()} ({error.strerror}); give a "
                 "folder that exists and can be written to on each host, on a local disk with room and direct I/O"
             )
     problems = list(dict.fromkeys(filter(None, ranks.gather_objects(problem))))
     if not problems:  # by now all ranks have removed what they could
-        disk = socket.gethostname(), os.stat(parent).st_dev, shutil.disk_usage(parent).free
+        disk = host_name(), os.stat(parent).st_dev, shutil.disk_usage(parent).free
         found = ranks.gather_objects((disk, plan.memory_per_stage[ranks.pipeline_rank].disk))
         problems = _room_problems(f"{key}.nvme_path={parent}", found)
     if problems:
@@ -120,7 +120,7 @@ def _extension_problem(key: str) -> str | None:
         toolkit = ", the CUDA toolkit (nvcc; CUDA_HOME names it)" if torch.cuda.is_available() else ""
         return (
             f'{key}.device="nvme" needs DeepSpeed\'s extension async_io, which does not load on host '
-            f"{socket.gethostname()} ({why[:300]}); install libaio with its headers (Debian and Ubuntu: apt install "
+            f"{host_name()} ({why[:300]}); install libaio with its headers (Debian and Ubuntu: apt install "
             f'libaio-dev), g++ and ninja{toolkit}, or use device="cpu"'
         )
     return None

@@ -196,9 +196,9 @@ def group_timeout(plan: Plan) -> timedelta:
 
 def set_group_timeout(plan: Plan) -> None:
     """Have all groups wait as long as the first one, those too that Megatron-Core and DeepSpeed have made."""
-    distributed = dist.distributed_c10d
+    distributed, timeout = dist.distributed_c10d, group_timeout(plan)
     for group in list(distributed._world.pg_map):
-        distributed._set_pg_timeout(group_timeout(plan), group)
+        distributed._set_pg_timeout(timeout, group)
 
 
 def _network_advice(launch: Launch, error: Exception) -> str:

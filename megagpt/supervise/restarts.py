@@ -43,11 +43,6 @@ def newest_step(run: RunConfig) -> int:
     return next(map(step_of, whole), 0)
 
 
-def is_finished(run: RunConfig) -> bool:
-    """Whether the newest checkpoint is that of the last step, as a later job of a chain may find."""
-    return newest_step(run) >= run.training.steps
-
-
 def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.environ) -> str:
     """Note a start, unless the job has been started too often without getting on.
 
@@ -65,9 +60,9 @@ def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.enviro
     Raises:
         LaunchError: this would be one too many.
     """
-    if run.checkpoint.directory is None or is_finished(run):
+    if run.checkpoint.directory is None or (step := newest_step(run)) >= run.training.steps:
         return ""
-    path, step = location(run.checkpoint.directory) / RECORD, newest_step(run)
+    path = location(run.checkpoint.directory) / RECORD
     idle = _idle_starts(path, _chain(environ), step)
     if idle >= most_idle:
         raise LaunchError(
@@ -112,7 +107,7 @@ def end(
     step = newest_step(run)
     if run.checkpoint.directory is None:
         return status
-    if status == 0 and is_finished(run):
+    if status == 0 and step >= run.training.steps:
         say(f"the run is finished at step {step:,}")
         return 0
     if status == MegagptError.exit_code:

@@ -50,14 +50,13 @@ class Sizes:
 
 def sizes_of(plan: Plan) -> Sizes:
     """Those of a run."""
-    zero = plan.deepspeed.raw.get("zero_optimization", {})
     return Sizes(
         plan.tensor_parallel_size,
         plan.pipeline_parallel_size,
         plan.context_parallel_size,
         plan.data_parallel_size,
         plan.expert_parallel_size,
-        zero.get("zero_hpz_partition_size", 1),
+        plan.deepspeed.secondary_partition_size,
         plan.model.num_query_groups,
     )
 
