@@ -38,14 +38,14 @@ _NEEDED = {"srun": "SLURM_STEP_ID", "mpirun (MPICH)": "MPI_LOCALRANKID"}
 """Without it the variables belong to something else: a batch script, or srun's PMI plugin."""
 
 
-_LOCAL_SIZES = (
-    ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE"),
-    ("LOCAL_WORLD_SIZE", "WORLD_SIZE"),  # torchrun
-    ("LOCAL_SIZE", "WORLD_SIZE"),  # deepspeed
-    ("MV2_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_SIZE"),
-    ("MPI_LOCALNRANKS", "PMI_SIZE"),
-)
-"""Ranks of this host and of the job."""
+LOCAL_SIZES = {
+    "mpirun": ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE"),
+    "torchrun": ("LOCAL_WORLD_SIZE", "WORLD_SIZE"),
+    "deepspeed": ("LOCAL_SIZE", "WORLD_SIZE"),
+    "mpirun (MVAPICH)": ("MV2_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_SIZE"),
+    "mpirun (MPICH)": ("MPI_LOCALNRANKS", "PMI_SIZE"),
+}
+"""By launcher the variables that count the ranks of this host and those of the job."""
 
 
 def find_place(environ: Mapping[str, str] = os.environ, with_local_rank: bool = True) -> Place | None:
@@ -89,7 +89,7 @@ def spans_hosts(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the ranks are known to be on several hosts."""
     if environ.get("WORLD_SIZE") == "1":  # a process without a launcher, in whatever allocation
         return False
-    for local, whole in _LOCAL_SIZES:
+    for local, whole in LOCAL_SIZES.values():
         if local in environ and whole in environ:
             return environ[local] != environ[whole]
     return environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1")) != "1"

@@ -12,12 +12,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from megagpt.errors import (
-    LaunchError,
-    MegagptError,
-    RankError,
-    run_command,
-)
+from megagpt.errors import LaunchError, MegagptError, RankError, run_command
 from megagpt.parallel.console import Console, quiet_libraries
 from megagpt.parallel.deepspeed_launcher import find_launch
 from megagpt.parallel.launch import Launch

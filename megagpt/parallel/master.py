@@ -12,7 +12,7 @@ import socket
 from collections.abc import Mapping
 
 from megagpt.errors import LaunchError
-from megagpt.launchers import number
+from megagpt.launchers import LOCAL_SIZES, number
 from megagpt.parallel.interface import addresses, outer_address
 
 LOOPBACK = "127.0.0.1"
@@ -78,11 +78,7 @@ def _address(environ: Mapping[str, str], launcher: str, world_size: int) -> str:
     if world_size == 1:
         return LOOPBACK
     if launcher.startswith("mpirun"):
-        sizes = {
-            "mpirun": ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE"),
-            "mpirun (MVAPICH)": ("MV2_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_SIZE"),
-        }
-        local, whole = sizes.get(launcher, ("MPI_LOCALNRANKS", "PMI_SIZE"))
+        local, whole = LOCAL_SIZES[launcher]
         if environ.get(local, "") == environ.get(whole):
             return LOOPBACK
         if environ.get("SLURM_JOB_NODELIST"):  # mpirun fills the hosts of an allocation in their order
