@@ -118,7 +118,7 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
             engine = build_engine(plan, ranks, pulse, judge_of(plan))
         with contextlib.closing(engine):
             console.say(headline(plan, launch))
-            for note in plan.notes:
+            for note in [*plan.notes, *filter(None, [engine.remark])]:
                 console.say(f"note: {note}")
             for remark in remarks(plan, data):
                 console.warn(remark)

@@ -28,6 +28,7 @@ from megagpt.errors import ConfigError
 from megagpt.model import (
     GPT,
     canonical_name,
+    choose_flash_attention,
     initialize_weights,
     is_partial_over_tensor_ranks,
     set_auxiliary_loss_scale,
@@ -66,6 +67,7 @@ class Engine:
         pulse: told of each phase of each micro-batch.
         judge: asked before each update whether its loss and norm are to be trusted; None: all are.
         swap_folder: where the optimizer is, if on a disk.
+        remark: what the user should know of how it computes.
     """
 
     def __init__(
@@ -78,8 +80,9 @@ class Engine:
         pulse: Pulse | None = None,
         judge: Judge | None = None,
         swap_folder: SwapFolder | None = None,
+        remark: str | None = None,
     ):
-        self.plan, self.ranks, self.pulse = plan, ranks, pulse or Pulse()
+        self.plan, self.ranks, self.pulse, self.remark = plan, ranks, pulse or Pulse(), remark
         self.parameters = dict(named_parameters(module, plan, ranks.expert_rank))
         """This rank's parameters by canonical name."""
         self._module: Any = module
@@ -301,13 +304,14 @@ def build_engine(plan: Plan, ranks: Ranks, pulse: Pulse | None = None, judge: Ju
         judge: asked before each update whether its loss and norm are to be trusted.
 
     Raises:
-        ConfigError: this host cannot run what the DeepSpeed config asks for.
+        ConfigError: this host cannot run what the configs ask for.
     """
     if plan.deepspeed.is_quantized and not torch.cuda.is_available():
         raise ConfigError(
             f"{plan.deepspeed.source}: zero_optimization.zero_quantized_weights and zero_quantized_gradients need CUDA "
             "kernels, but this host has no CUDA device; remove them here (the rest of ZeRO runs the same without)"
         )
+    remark = choose_flash_attention(plan, ranks.device, ranks.gather_objects)
     swap_folder = prepare_swap_folder(plan, ranks) if plan.deepspeed.optimizer_is_on_disk else None
     try:
         module, optimizer, wrapped = _build(plan, ranks, swap_folder)
@@ -316,7 +320,7 @@ def build_engine(plan: Plan, ranks: Ranks, pulse: Pulse | None = None, judge: Ju
             swap_folder.remove()
         raise
     set_group_timeout(plan)
-    return Engine(plan, ranks, module, optimizer, wrapped, pulse, judge, swap_folder)
+    return Engine(plan, ranks, module, optimizer, wrapped, pulse, judge, swap_folder, remark)
 
 
 def _build(plan: Plan, ranks: Ranks, swap_folder: SwapFolder | None) -> tuple[nn.Module, torch.optim.Optimizer, Any]:

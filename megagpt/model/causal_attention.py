@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megagpt.model.varlen import attend_at_once, kernel_of_runs
+
 QUERY_BLOCK = 512
 """Queries whose soft-capped scores are in memory at once."""
 
@@ -56,10 +58,15 @@ def causal_attention(
 def _windowed_attention(
     query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, scale: float | None, dropout: float, window: int
 ) -> Tensor:
-    """Sliding-window attention (Beltagy et al. 2020, Longformer), one block of W queries after the other.
+    """Sliding-window attention (Beltagy et al. 2020, Longformer), whose time grows with S W.
 
-    A block sees at most 2 W keys, so that time grows with S W, and the largest mask is [W, 2 W] for all blocks.
+    Where torch has a kernel for windows it does all; else one block of W queries comes after the other. A block sees at
+    most 2 W keys, and the largest mask is [W, 2 W] for all blocks.
     """
+    kernel = kernel_of_runs(query_BNSD, dropout)
+    if kernel is not None:
+        starts = _starts_of_samples(query_BNSD.shape[0], query_BNSD.shape[2], query_BNSD.device)
+        return attend_at_once(kernel, query_BNSD, key_BGSD, value_BGSD, starts, scale, window)
     # torch's fused kernel for masks takes no grouped heads; without it the scores of all heads would be kept.
     repeats = query_BNSD.shape[1] // key_BGSD.shape[1]
     key_BNSD, value_BNSD = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (key_BGSD, value_BGSD))
@@ -80,6 +87,12 @@ def _windowed_attention(
             )
         )
     return torch.cat(blocks, 2)
+
+
+@lru_cache(maxsize=8)
+def _starts_of_samples(batch: int, length: int, device: torch.device) -> Tensor:
+    """Each sample is one run of tokens: [0, S, ..., B S], int32."""
+    return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=8)

@@ -4,17 +4,13 @@ Shapes: B samples of a micro-batch, S sequence (whole), s this context-parallel 
 rank, G its key/value heads, D channels per head, T = B S tokens.
 """
 
-import importlib.util
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megagpt.model.causal_attention import causal_attention
+from megagpt.model.varlen import attend_at_once, kernel_of_runs
 
 PADDING = -1
 """Place in its document of a token that fills up a sample."""
@@ -120,9 +116,10 @@ def document_attention(
     length = query_BNSD.shape[2]
     if all(lengths == (length,) for lengths in documents.runs):
         return causal_attention(query_BNSD, key_BGSD, value_BGSD, scale, dropout, window, softcap)
-    kernel = _kernel_of_runs() if query_BNSD.is_cuda and query_BNSD.dtype.itemsize == 2 else None
-    if kernel is not None and dropout == 0 and softcap is None:
-        return _attend_at_once(kernel, query_BNSD, key_BGSD, value_BGSD, documents, scale, window)
+    kernel = kernel_of_runs(query_BNSD, dropout) if softcap is None else None
+    if kernel is not None:
+        assert documents.starts is not None, "of the same runs"
+        return attend_at_once(kernel, query_BNSD, key_BGSD, value_BGSD, documents.starts, scale, window)
     rows = []
     parts = [x.split(1) for x in (query_BNSD, key_BGSD, value_BGSD)]
     for lengths, query_1NSD, key_1GSD, value_1GSD in zip(documents.runs, *parts, strict=True):
@@ -137,42 +134,3 @@ def document_attention(
             contexts.append(torch.zeros_like(query_1NSD[:, :, :padding]))
         rows.append(torch.cat(contexts, 2))
     return torch.cat(rows)
-
-
-@lru_cache(maxsize=1)
-def _kernel_of_runs() -> Callable[..., Tensor] | None:
-    """torch's FlashAttention for sequences of various lengths, where it can do windows and grouped heads."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return None
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = inspect.signature(varlen_attn).parameters
-    kernel: Callable[..., Any] = varlen_attn
-    return kernel if {"scale", "window_size", "enable_gqa"} <= set(known) else None
-
-
-def _attend_at_once(
-    kernel: Callable[..., Tensor],
-    query_BNSD: Tensor,
-    key_BGSD: Tensor,
-    value_BGSD: Tensor,
-    documents: Documents,
-    scale: float | None,
-    window: int | None,
-) -> Tensor:
-    """All documents in one call; `window` counts the token itself, the kernel only those before it."""
-    batch, length = query_BNSD.shape[0], query_BNSD.shape[2]
-    query_TND, key_TGD, value_TGD = (x.transpose(1, 2).flatten(0, 1) for x in (query_BNSD, key_BGSD, value_BGSD))
-    context_TND = kernel(
-        query_TND,
-        key_TGD,
-        value_TGD,
-        documents.starts,
-        documents.starts,
-        length,
-        length,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query_TND.shape[1] != key_TGD.shape[1],
-    )
-    return context_TND.unflatten(0, (batch, length)).transpose(1, 2)

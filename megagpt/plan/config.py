@@ -260,6 +260,10 @@ class TrainingConfig(Section):
     sequence_parallel, under which it is split already."""
     offload_saved_activations: bool = False
     """With `full`: keep the inputs in (pinned) host memory."""
+    flash_attention: Literal["auto", "torch", "FA3", "FA4"] = "auto"
+    """Kernel of attention on GPUs, in 16 bits: `torch` is the FlashAttention that torch brings; `FA3` (package
+    flash_attn_interface, for Hopper) and `FA4` (flash-attn-4, for Hopper and Blackwell) have to show when the run
+    starts that they compute the same; `auto` uses one that is installed and does so. Elsewhere it says nothing."""
     eval_interval: NonNegative = 0
     """Steps between evaluations on the validation split; 0 evaluates at the end only."""
     eval_batches: Positive = 8

@@ -90,7 +90,7 @@ def evaluation_plan(
         ConfigError: a rule is broken.
     """
     run, tree = saved.with_overrides(overrides), saved.run.model_dump(mode="json")
-    tree["training"] = {key: value for key, value in tree["training"].items() if not _is_for_backward(key)}
+    tree["training"] = {key: value for key, value in tree["training"].items() if not _is_of_training(key)}
     tree["optimizer"] = {**tree["optimizer"], "name": "sgd"}  # keeps nothing beside the weights
     tree["checkpoint"] = tree["logging"] = {}  # of no use here, and perhaps of a place that this host does not know
     layout = run.parallel
@@ -113,5 +113,6 @@ def evaluation_plan(
     return make_plan(run, deepspeed, world_size)
 
 
-def _is_for_backward(key: str) -> bool:
-    return key == "recompute_granularity" or key in FULL_ONLY_KEYS
+def _is_of_training(key: str) -> bool:
+    """Says how to do what an evaluation does not do, or what another host may not be able to."""
+    return key in ("recompute_granularity", "flash_attention") or key in FULL_ONLY_KEYS

@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megagpt.errors import TRY_AGAIN, DataError, MegagptError, RankError, UnreliableError
+from megagpt.errors import TRY_AGAIN, ConfigError, DataError, MegagptError, RankError, UnreliableError
 from megagpt.launchers import host_name
 from megagpt.parallel.ranks import Ranks
 from megagpt.plan import Plan
 from megagpt.plan.fitting import SEARCH_SECONDS
-from megagpt.supervise.beats import FOLDER, BeatFolder
+from megagpt.supervise.beats import FOLDER, Beat, BeatFolder
 from megagpt.supervise.memory import Memory, advice, exhausted_memory, shortage
+from megagpt.supervise.other_start import wait_for_its_end
 from megagpt.supervise.pulse import Pulse
 from megagpt.supervise.watchdog import Limits, Place, Watchdog
 
@@ -34,6 +35,7 @@ def watch(plan: Plan, ranks: Ranks) -> Iterator[Pulse]:
     other, and only errors are worded.
 
     Raises:
+        ConfigError: another run goes on in the same folder.
         RankError: this rank has met an error of its own, has run out of memory, or has lost another one.
     """
     folder = _folder(plan, ranks)
@@ -71,8 +73,25 @@ def _folder(plan: Plan, ranks: Ranks) -> BeatFolder | None:
     parent = plan.run.shared_folder
     if parent is None or ranks.world_size == 1:
         return None
+    beats, patience = Path(parent) / FOLDER, 2 * plan.run.supervision.silent_seconds
+
+    def describe(beat: Beat) -> str:
+        return (
+            f"{parent} is the folder of another run that goes on: its rank {beat.rank} on {beat.host} (process "
+            f"{beat.pid}) is at step {beat.step:,}"
+        )
+
+    def tell(beat: Beat) -> None:
+        print(f"{describe(beat)}; waiting {patience:.0f} s for its end", flush=True)
+
+    other = ranks.broadcast_object(wait_for_its_end(beats, patience, tell) if ranks.rank == 0 else None)
+    if other is not None:
+        raise ConfigError(
+            f"{describe(other)}; end that one, or give this one another checkpoint.directory and logging.directory",
+            exit_code=TRY_AGAIN,
+        )
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    folder = BeatFolder(Path(parent) / FOLDER / ranks.broadcast_object(name))
+    folder = BeatFolder(beats / ranks.broadcast_object(name))
     if ranks.rank == 0:
         folder.create()
     ranks.barrier()

@@ -46,6 +46,24 @@ def test_values_and_gradients(monkeypatch, softcap, window, groups):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("groups", [N, 1])
+def test_a_kernel_that_knows_windows_is_given_each_sample_as_one_run(monkeypatch, groups):
+    from megagpt.model import causal_attention as module
+
+    def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert cu_seq_q.tolist() == cu_seq_k.tolist() == [0, S, 2 * S]
+        assert (max_q, max_k, enable_gqa) == (S, S, groups != N)
+        assert window_size[1] == 0, "causal"
+        samples = [x.unflatten(0, (B, S)).transpose(1, 2) for x in (query, key, value)]
+        out = written_out(*samples, scale=scale, window=window_size[0] + 1, softcap=None)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    tensors = inputs(groups)
+    expected = module.causal_attention(*tensors, scale=0.3, window=5)
+    monkeypatch.setattr(module, "kernel_of_runs", lambda query, dropout: kernel)
+    torch.testing.assert_close(module.causal_attention(*tensors, scale=0.3, window=5), expected)
+
+
 @pytest.mark.parametrize("options", [{"window": 32}, {"softcap": 3.0}], ids=str)
 def test_no_scores_are_kept_for_the_backward_pass(options):
     """What is kept grows with the length, not with its square."""

@@ -1,13 +1,12 @@
 """Documents of packed samples: each is attended to as if it stood alone."""
 
-import inspect
-
 import pytest
 import torch
 
 from megagpt.model import documents as module
 from megagpt.model.causal_attention import causal_attention
 from megagpt.model.documents import PADDING, Documents, document_attention
+from megagpt.model.varlen import attend_at_once
 
 CPU = torch.device("cpu")
 RUNS = [[5, 1, 9, 7], [22], [3, 3, 8]]
@@ -106,20 +105,7 @@ def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window
 @pytest.mark.parametrize("window", [None, 4])
 def test_one_kernel_can_take_all_documents(window):
     inputs, documents = qkv(), documents_of(places())
-    found = results(
-        lambda q, k, v: module._attend_at_once(kernel, q, k, v, documents, scale=0.3, window=window), inputs
-    )
+    found = results(lambda q, k, v: attend_at_once(kernel, q, k, v, documents.starts, scale=0.3, window=window), inputs)
     expected = results(lambda q, k, v: with_a_mask(q, k, v, window=window), inputs)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
-
-
-def test_the_kernel_of_this_torch_takes_what_it_is_given():
-    """Where torch has it; its arguments are looked at, as it needs a GPU."""
-    if (found := module._kernel_of_runs()) is None:
-        pytest.skip("this torch has no such kernel, and documents are attended to one after the other")
-    query, key, value = (torch.zeros(3, heads, 8) for heads in (4, 2, 2))
-    starts = torch.tensor([0, 3], dtype=torch.int32)
-    inspect.signature(found).bind(
-        query, key, value, starts, starts, 3, 3, scale=0.3, window_size=(-1, 0), enable_gqa=True
-    )
