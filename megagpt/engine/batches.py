@@ -50,8 +50,14 @@ def prepare(
             part=(context_rank, context_size),
         )
     tokens_BS, labels_BS = (
-        part.chunk(context_size, 1)[context_rank].contiguous() for part in (whole.tokens_BS, whole.labels_BS)
+        _part(positions, device, context_rank, context_size) for positions in (whole.tokens_BS, whole.labels_BS)
     )
     # A rank's loss is averaged over the context-parallel ranks, too.
     loss_tokens = None if whole.loss_tokens is None else whole.loss_tokens / context_size
     return PreparedBatch(tokens_BS, labels_BS, loss_tokens, documents)
+
+
+def _part(whole_BS: Tensor, device: torch.device, rank: int, size: int) -> Tensor:
+    """A part of the positions, in memory from which a GPU is given it without that the host waits."""
+    part_Bs = whole_BS.chunk(size, 1)[rank].contiguous()
+    return part_Bs if device.type != "cuda" or part_Bs.is_pinned() else part_Bs.pin_memory()

@@ -140,7 +140,7 @@ class Engine:
                 # They have been added to the fp32 sums; DeepSpeed would keep them through the forward pass as zeros.
                 self._wrapped.optimizer.clear_lp_grads(set_to_none=True)
             self.pulse.enter_next(self._data_phase)
-            batch = self._prepared(next(batches)).to(self.ranks.device)
+            batch = self._prepared(next(batches))
             self.pulse.enter_next(Phase.FORWARD)
             loss = self._wrapped(*batch)
             total += loss.detach()
@@ -173,7 +173,7 @@ class Engine:
         with torch.no_grad():
             for index in range(count):
                 self.pulse.enter(Phase.EVALUATE, index)
-                total += self._wrapped(*self._prepared(next(batches)).to(self.ranks.device))
+                total += self._wrapped(*self._prepared(next(batches)))
         return self._mean_over_replicas(total / count)
 
     def logits(self, tokens_BS: Tensor, rows: int, positions: int) -> Tensor | None:
@@ -200,7 +200,7 @@ class Engine:
         else:
             self._wrapped.eval()
             with torch.no_grad():
-                logits_SBV = self._wrapped(self._prepared((tokens_BS, tokens_BS)).to(self.ranks.device).tokens_BS)
+                logits_SBV = self._wrapped(self._prepared((tokens_BS, tokens_BS)).tokens_BS)
         logits_SBV = logits_SBV[:positions, :rows].contiguous()  # before gathering: the whole may not fit
         shards = [torch.empty_like(logits_SBV) for _ in range(self.ranks.tensor_size)]
         dist.all_gather(shards, logits_SBV, group=self.ranks.tensor_group)
@@ -265,9 +265,11 @@ class Engine:
         return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
     def _prepared(self, batch: Batch) -> PreparedBatch:
-        """This context-parallel rank's positions of a micro-batch."""
+        """This context-parallel rank's positions of a micro-batch, on its device. DeepSpeed, too, would move what the
+        pipeline's stages load, but have the host wait for the device meanwhile."""
         ranks = self.ranks
-        return prepare(batch, self.plan.run.data, ranks.device, ranks.context_rank, ranks.context_size)
+        part = prepare(batch, self.plan.run.data, ranks.device, ranks.context_rank, ranks.context_size)
+        return part.to(ranks.device)
 
     def _mean_over_replicas(self, value: Tensor) -> Tensor:
         # Parts of a sequence are equally long, so the mean over context-parallel ranks is the mean over positions;

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megagpt.errors import ConfigError
 from megagpt.model.causal_attention import causal_attention
 from megagpt.model.documents import Documents, document_attention
+from megagpt.model.transformer_config import softmax_scale
 from megagpt.plan import Plan
 
 ALLOWED = 3.0
@@ -34,13 +35,18 @@ class Kernel:
 
     name: str
     """As torch and `training.flash_attention` call it."""
+    module: str
+    """Its first module."""
     package: str
     """What to install."""
     majors: tuple[int, ...]
     """Major compute capabilities of the devices that it is for."""
 
 
-KERNELS = (Kernel("FA3", "flash_attn_interface (flash-attention/hopper)", (9,)), Kernel("FA4", "flash-attn-4", (9, 10)))
+KERNELS = (
+    Kernel("FA3", "flash_attn_interface", "flash_attn_interface (flash-attention/hopper)", (9,)),
+    Kernel("FA4", "flash_attn", "flash-attn-4", (9, 10)),
+)
 """The first that is installed and right is used."""
 
 
@@ -77,10 +83,12 @@ def choose_flash_attention(plan: Plan, device: torch.device, gather: Callable[[T
         bad = next(((rank, trial) for rank, trial in enumerate(trials) if not trial.is_good), None)
         if bad is None:
             return f"attention by {kernel.name}, which computes here what torch's own kernel does"
-        torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
+        restore()
         rank, trial = bad
         if asked != "auto":
-            obstacle = trial.obstacle or f"it is not installed there ({kernel.package}), or not for its device"
+            obstacle = (
+                trial.obstacle or f"it is not installed there ({kernel.package}), or not for its device and this torch"
+            )
             raise ConfigError(
                 f"training.flash_attention={asked} cannot be used on rank {rank}: {obstacle}; use auto or torch"
             )
@@ -95,16 +103,34 @@ def can_be_used(plan: Plan) -> bool:
     return plan.precision != "fp32" and model.attention_dropout == 0 and model.attn_logit_softcapping is None
 
 
+def activate(name: str) -> None:
+    """Have torch's attention computed by another FlashAttention, also where torch would take cuDNN's kernel."""
+    torch.nn.attention.activate_flash_attention_impl(name)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def restore() -> None:
+    """Have it computed as it was before `activate`."""
+    if torch_can_change():
+        torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def torch_can_change() -> bool:
+    """Whether this torch can be told which FlashAttention to use (since 2.11)."""
+    names = ("activate_flash_attention_impl", "restore_flash_attention_impl")
+    return all(hasattr(torch.nn.attention, name) for name in names)
+
+
 def _try(kernel: Kernel, plan: Plan, device: torch.device) -> Trial:
-    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)  # since torch 2.10
-    if activate is None or torch.cuda.get_device_capability(device)[0] not in kernel.majors:
+    if not torch_can_change() or torch.cuda.get_device_capability(device)[0] not in kernel.majors:
         return Trial(False)
-    torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
+    restore()
     try:
         return prove(partial(activate, kernel.name), plan, device)
-    except ModuleNotFoundError:
-        return Trial(False)
     except Exception as error:  # whatever a package that does not fit this host raises
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == kernel.module:
+            return Trial(False)
         return Trial(False, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
 
 
@@ -135,15 +161,17 @@ def _cases(plan: Plan, device: torch.device) -> Iterator[tuple[str, Attend]]:
     places = torch.stack([torch.cat([torch.arange(size) for size in sizes]) for sizes in DOCUMENTS])
     documents = Documents.of(places, device, attention=True, positions=False, padded=False)
     windows = {plan.model.window_of_layer(index) for index in range(plan.model.num_layers)}
+    scale = softmax_scale(plan.model)
     for window in sorted({min(window or LENGTH, LONGEST_WINDOW if window else LENGTH) for window in windows}):
         words = f"windows of {window}" if window < LENGTH else "causal attention"
         given = window if window < LENGTH else None
-        yield words, partial(causal_attention, window=given)
-        yield f"{words} of documents", partial(document_attention, documents=documents, window=given)
+        yield words, partial(causal_attention, scale=scale, window=given)
+        yield f"{words} of documents", partial(document_attention, documents=documents, scale=scale, window=given)
 
 
 def _inputs(plan: Plan, device: torch.device) -> list[Tensor]:
-    """Query [B, N, S, D], key and value [B, G, S, D] of one rank, and the gradient of the result."""
+    """Query [B, N, S, D], key and value [B, G, S, D] of one rank, in memory as [S, B, ., D] as in the model, and the
+    gradient of the result."""
     model, tensor, context = plan.model, plan.tensor_parallel_size, plan.context_parallel_size
     groups = max(1, model.num_query_groups // tensor)
     heads = model.num_attention_heads // tensor // context
@@ -151,7 +179,9 @@ def _inputs(plan: Plan, device: torch.device) -> list[Tensor]:
     dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float16
     generator = torch.Generator().manual_seed(1)
     return [
-        torch.randn(SAMPLES, number, LENGTH, model.kv_channels, generator=generator).to(device, dtype)
+        torch.randn(LENGTH, SAMPLES, number, model.kv_channels, generator=generator)
+        .to(device, dtype)
+        .permute(1, 2, 0, 3)
         for number in (heads, groups, groups, heads)
     ]
 

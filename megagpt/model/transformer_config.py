@@ -15,6 +15,7 @@ from megagpt.model.attention import SDPAttention
 from megagpt.model.experts import count_in_router
 from megagpt.model.norm import HeadNorm, Norm
 from megagpt.plan import Plan
+from megagpt.plan.config import ModelConfig
 
 _ACTIVATIONS: dict[str, Callable] = {
     "swiglu": F.silu,
@@ -54,7 +55,7 @@ def transformer_config(plan: Plan) -> TransformerConfig:
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.has_qkv_bias,
         qk_layernorm=model.qk_layernorm,
-        softmax_scale=(model.query_pre_attn_scalar or model.kv_channels) ** -0.5,
+        softmax_scale=softmax_scale(model),
         layernorm_zero_centered_gamma=model.layernorm_zero_centered_gamma,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
@@ -71,6 +72,11 @@ def transformer_config(plan: Plan) -> TransformerConfig:
     # knows Transformer Engine's modules only and refuses activations that those lack.
     config.use_te_activation_func = model.is_gated
     return config
+
+
+def softmax_scale(model: ModelConfig) -> float:
+    """Factor of the attention's scores."""
+    return (model.query_pre_attn_scalar or model.kv_channels) ** -0.5
 
 
 def _expert_options(plan: Plan) -> dict[str, Any]:

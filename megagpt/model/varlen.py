@@ -10,14 +10,22 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Kernel = Callable[..., Tensor]
 
 
 def kernel_of_runs(query: Tensor, dropout: float) -> Kernel | None:
-    """torch's `varlen_attn`, where it can take what it would be given: on GPUs, 16 bits, no dropout; else None."""
-    suits = query.is_cuda and query.dtype.itemsize == 2 and dropout == 0
+    """torch's `varlen_attn`, where it takes what it would be given; else None.
+
+    It is for GPUs since Ampere, 16 bits and heads of up to 256 channels in steps of 8, without dropout; unlike
+    `scaled_dot_product_attention` it neither pads nor falls back (aten/native/transformers/cuda/flash_attn).
+    """
+    if not query.is_cuda or query.dtype.itemsize != 2 or dropout > 0:
+        return None
+    channels = query.shape[-1]
+    suits = channels % 8 == 0 and channels <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
     return torchs_kernel() if suits else None
 
 

@@ -164,6 +164,7 @@ def start_ranks(plan: Plan, launch: Launch) -> Ranks:
     launch.export()
     choose_interface(launch.master_addr)
     if torch.cuda.is_available():
+        overlap_collectives(plan)
         index = gpu_index(launch.local_rank, torch.cuda.device_count())
         torch.cuda.set_device(index)
         # DeepSpeed takes the local rank for the number of the device, and compares it with Open MPI's.
@@ -184,6 +185,14 @@ def start_ranks(plan: Plan, launch: Launch) -> Ranks:
         plan.expert_parallel_size,
         plan.run.training.seed,
     )
+
+
+def overlap_collectives(plan: Plan) -> None:
+    """Have the GPU start a tensor-parallel collective before the product that is launched after it, so that the two run
+    side by side: Megatron-Core relies on a single queue for that. ZeRO 3 wants several for its own collectives. To be
+    called before the device is used; a variable that is set stays as it is."""
+    if plan.tensor_parallel_size > 1 and plan.zero_stage < 3:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def group_timeout(plan: Plan) -> timedelta:

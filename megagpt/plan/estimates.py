@@ -175,11 +175,11 @@ def layer_activation_bytes(
     multi-head attention and a 4h MLP with dropout; here they are built up from their parts: inputs of the two norms
     and of the two projections after them (8), dropout masks (2, if any); query, key, value and the attention's output
     (8 of the 24), inputs of activation and second MLP projection (16 of the 24). Normalised queries and keys are kept
-    besides the raw ones, a sliding window keeps keys and values repeated for each query head, and norms around 1 keep
-    their inputs in fp32. The norms of a parallel residual have one input. Rotary tables and the statistics of norms and
-    attention are left out: about 1 % together. A layer with experts keeps what an MLP does for each expert that a token
-    is sent to, with input and output of the experts (whole on each tensor-parallel rank), if all experts get equally
-    many tokens; a model that has such layers is taken to have no others.
+    besides the raw ones, a sliding window for which GPUs have no kernel keeps keys and values repeated for each query
+    head, and norms around 1 keep their inputs in fp32. The norms of a parallel residual have one input. Rotary tables
+    and the statistics of norms and attention are left out: about 1 % together. A layer with experts keeps what an MLP
+    does for each expert that a token is sent to, with input and output of the experts (whole on each tensor-parallel
+    rank), if all experts get equally many tokens; a model that has such layers is taken to have no others.
     """
     tokens = seq_length * microbatch_size
     width = DTYPE_BYTES[precision]
@@ -192,7 +192,7 @@ def layer_activation_bytes(
     if model.qk_layernorm:
         heads += query + key
     is_windowed = model.sliding_window is not None and model.sliding_window < seq_length
-    if is_windowed and model.attn_logit_softcapping is None and key < query:
+    if is_windowed and model.attn_logit_softcapping is None and key < query and not _has_kernel(model, precision):
         heads += 2 * query
     heads *= model.kv_channels
     has_experts = num_expert_layers(model) > 0
@@ -205,6 +205,12 @@ def layer_activation_bytes(
     if sequence_parallel:
         return dispatched + tokens * (along_hidden + split) // tensor_parallel_size
     return dispatched + tokens * (along_hidden + split // tensor_parallel_size)
+
+
+def _has_kernel(model: ModelConfig, precision: Precision) -> bool:
+    """Whether GPUs have a kernel for the model's windows; see `megagpt.model.varlen`."""
+    channels = model.kv_channels
+    return precision != "fp32" and model.attention_dropout == 0 and channels % 8 == 0 and channels <= 256
 
 
 def stage_activation_bytes(

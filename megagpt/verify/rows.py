@@ -30,7 +30,7 @@ class Row:
     optimizer: str
     """sgd (rate 0.5, clipping at 0.5) or adamw (clipping at 0.5)."""
     layout: dict[str, Any]
-    """Arguments of `small_plan`; `partition`, `zero_keys` and `length` are short for what they set."""
+    """Arguments of `small_plan`; `partition`, `zero_keys`, `length` and `rate` are short for what they set."""
 
     def plan(self) -> Plan:
         """The run that is measured."""
@@ -50,6 +50,8 @@ class Row:
         if arguments.get("precision") == "fp16":
             deepspeed["fp16"] = {"initial_scale_power": 8}  # none of the steps is to be skipped
         optimizer = SGD if self.optimizer == "sgd" else ADAM
+        if "rate" in arguments:
+            optimizer = optimizer | dict.fromkeys(("lr", "min_lr"), arguments.pop("rate"))
         return small_plan(self.model, optimizer, sections=sections, deepspeed=deepspeed, **arguments)
 
     @property
@@ -141,7 +143,7 @@ ROWS: tuple[Row, ...] = (
         ("odd", "sgd", {"pp": 2, "partition": "parameters"}),
         ("odd", "sgd", {"tp": 3}),
         ("odd", "sgd", {"pp": 3}),
-        ("odd-tied", "sgd", {"pp": 2}),
+        ("odd-tied", "sgd", {"pp": 2, "rate": 0.1}),
         ("odd-tied", "adamw", {"pp": 2, "partition": "parameters"}),
         ("odd-tied", "adamw", {"pp": 3}),
         ("9-heads", "sgd", {"tp": 3, "sp": True, "length": 30}),

@@ -7,6 +7,7 @@ from typing import Any
 from megagpt.plan import Plan, deepspeed_config_from_dict, make_plan, run_config_from_dict
 from megagpt.plan.deepspeed_config import Precision
 from megagpt.plan.layout import uniform_counts
+from megagpt.plan.zero import QUANTIZED
 from megagpt.verify.neighbours import Sizes, sizes_of, small_sizes
 
 MAX_RANKS = 8
@@ -248,6 +249,7 @@ def small_deepspeed(plan: Plan, sizes: Sizes) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": microbatch,
         "gradient_accumulation_steps": microbatches,
     }
+    _leave_out_hardware(raw)
     if plan.zero_stage == 3:
         raw["zero_optimization"] = {**raw["zero_optimization"], **CUT_EVERYTHING}
         if "zero_hpz_partition_size" in raw["zero_optimization"]:
@@ -255,6 +257,17 @@ def small_deepspeed(plan: Plan, sizes: Sizes) -> dict[str, Any]:
     if plan.precision == "fp16" and not raw["fp16"].get("loss_scale"):
         raw["fp16"]["initial_scale_power"] = min(raw["fp16"].get("initial_scale_power", 16), 8)  # no skipped steps
     return raw
+
+
+def _leave_out_hardware(raw: dict[str, Any]) -> None:
+    """What takes a cluster's devices: quantized collectives, which round anyway, and disks, which keep what memory
+    keeps."""
+    zero = raw.get("zero_optimization", {})
+    for key in QUANTIZED:
+        zero.pop(key, None)
+    if zero.get("offload_optimizer", {}).get("device") == "nvme":
+        zero["offload_optimizer"] = {"device": "cpu"}
+        raw.pop("aio", None)
 
 
 def _changes(full: Plan, small: Plan) -> list[str]:
@@ -284,4 +297,8 @@ def _changes(full: Plan, small: Plan) -> list[str]:
     lines = [f"{text(full)} -> {text(small)}" for text in (sizes, model, batch) if text(full) != text(small)]
     if full.model.hidden_dropout or full.model.attention_dropout:
         lines.append("dropout -> none (its random numbers depend on the layout)")
+    if full.deepspeed.is_quantized:
+        lines.append("quantized collectives -> exact ones (they take CUDA kernels, and round)")
+    if full.deepspeed.optimizer_is_on_disk:
+        lines.append("optimizer on a disk -> in host memory (with the same numbers)")
     return lines

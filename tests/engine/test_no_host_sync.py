@@ -110,6 +110,32 @@ def test_a_step_asks_for_nothing_else(layout):
         assert askers >= UPDATE, "questions are caught"
 
 
+def moves_of_a_step(plan) -> list[str]:
+    """Devices to which micro-batches are moved without that the host waits, before DeepSpeed would move them."""
+    from megagpt.engine import build_engine
+    from megagpt.engine.batches import PreparedBatch
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.parallel.ranks import start_ranks
+
+    ranks = start_ranks(plan, detect_launch())
+    engine = build_engine(plan, ranks)
+    moved: list[str] = []
+    to = PreparedBatch.to
+    PreparedBatch.to = lambda batch, device: moved.append(device.type) or to(batch, device)
+    try:
+        engine.train_step(rank_batches(plan, ranks.data_rank, 0), 0.1)
+    finally:
+        PreparedBatch.to = to
+    return moved
+
+
+@pytest.mark.parametrize("options", [{}, {"pp": 2}], ids=str)
+def test_micro_batches_reach_the_device_while_the_host_goes_on(options):
+    plan = tiny_plan("llama", SGD, steps=1, **options)
+    for moved in run_ranks(moves_of_a_step, plan.world_size, plan):
+        assert len(moved) == plan.num_microbatches
+
+
 def questions_of_a_run(plan) -> Counter:
     found: Counter = Counter()
     with Operators(found), Methods(found):

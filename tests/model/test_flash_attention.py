@@ -102,7 +102,7 @@ def choose(monkeypatch, asked, planted, others=()):
 
     monkeypatch.setattr(module, "_try", lambda kernel, plan, device: planted.get(kernel.name, module.Trial(False)))
     restored = []
-    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda **_: restored.append(1))
+    monkeypatch.setattr(module, "restore", lambda: restored.append(1))
     said = module.choose_flash_attention(plan_of(asked), Device(), lambda trial: [trial, *others])
     return said, bool(restored)
 
@@ -148,13 +148,50 @@ def test_torch_knows_the_names():
     assert {kernel.name for kernel in KERNELS} <= set(torch.nn.attention.list_flash_attention_impls())
 
 
-def test_a_package_that_is_not_there_is_no_obstacle(monkeypatch):
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+def test_a_package_that_is_not_there_is_no_obstacle(hopper, monkeypatch):
     """Activating is torch's own code here, and fails as it does where nothing is installed."""
     from megagpt.model import flash_attention as module
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(module, "prove", lambda activate, plan, device: activate())
     for kernel in module.KERNELS:
         assert module._try(kernel, plan_of(), CPU) == module.Trial(False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert module._try(module.KERNELS[0], plan_of(), CPU) == module.Trial(False)
+
+
+def test_a_package_that_lacks_another_one_is_told(hopper, monkeypatch):
+    from megagpt.model import flash_attention as module
+
+    def fail(name):
+        raise ModuleNotFoundError("No module named 'cutlass'", name="cutlass")
+
+    monkeypatch.setattr(module, "activate", fail)
+    trial = module._try(module.KERNELS[1], plan_of(), CPU)
+    assert trial.obstacle == "ModuleNotFoundError: No module named 'cutlass'"
+
+
+def test_a_torch_that_knows_one_kernel_only_uses_that(hopper, monkeypatch):
+    from megagpt.model import flash_attention as module
+
+    for name in ("activate_flash_attention_impl", "restore_flash_attention_impl"):
+        monkeypatch.delattr(torch.nn.attention, name, raising=False)
+    assert module.choose_flash_attention(plan_of(), Device(), lambda trial: [trial]) is None
+    with pytest.raises(ConfigError, match="not installed there"):
+        module.choose_flash_attention(plan_of("FA3"), Device(), lambda trial: [trial])
+
+
+def test_cudnn_is_not_preferred_to_the_kernel(monkeypatch):
+    from megagpt.model import flash_attention as module
+
+    if not module.torch_can_change():
+        pytest.skip("this torch knows no other FlashAttention than its own")
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", lambda name: None)
+    module.activate("FA3")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    module.restore()
+    assert torch.backends.cuda.cudnn_sdp_enabled()

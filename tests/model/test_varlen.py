@@ -22,20 +22,25 @@ def test_the_kernel_of_this_torch_takes_what_it_is_given():
 class Query:
     """What is looked at of a query."""
 
-    def __init__(self, is_cuda: bool, dtype: torch.dtype):
-        self.is_cuda, self.dtype = is_cuda, dtype
+    def __init__(self, dtype: torch.dtype, channels: int = 64, is_cuda: bool = True):
+        self.dtype, self.is_cuda, self.shape, self.device = dtype, is_cuda, (1, 4, 9, channels), None
 
 
 @pytest.mark.parametrize(
-    ("query", "dropout", "is_used"),
+    ("query", "dropout", "capability", "is_used"),
     [
-        (Query(True, torch.bfloat16), 0.0, True),
-        (Query(True, torch.float16), 0.0, True),
-        (Query(True, torch.bfloat16), 0.1, False),
-        (Query(True, torch.float32), 0.0, False),
-        (Query(False, torch.bfloat16), 0.0, False),
+        (Query(torch.bfloat16), 0.0, (9, 0), True),
+        (Query(torch.float16), 0.0, (8, 0), True),
+        (Query(torch.float16), 0.0, (7, 0), False),
+        (Query(torch.bfloat16, 256), 0.0, (9, 0), True),
+        (Query(torch.bfloat16, 264), 0.0, (9, 0), False),
+        (Query(torch.bfloat16, 10), 0.0, (9, 0), False),
+        (Query(torch.bfloat16), 0.1, (9, 0), False),
+        (Query(torch.float32), 0.0, (9, 0), False),
+        (Query(torch.bfloat16, is_cuda=False), 0.0, (9, 0), False),
     ],
 )
-def test_it_is_used_on_gpus_in_16_bits_without_dropout(monkeypatch, query, dropout, is_used):
+def test_it_is_used_where_torch_takes_what_it_is_given(monkeypatch, query, dropout, capability, is_used):
     monkeypatch.setattr(varlen, "torchs_kernel", lambda: "kernel")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert (varlen.kernel_of_runs(query, dropout) == "kernel") is is_used

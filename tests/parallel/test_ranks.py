@@ -1,5 +1,6 @@
 """Groups, agreement and random states of real ranks."""
 
+import os
 import re
 
 import pytest
@@ -195,3 +196,25 @@ def start_at_a_taken_port() -> None:
 
 def test_a_taken_port_is_explained(libraries):
     run_ranks(start_at_a_taken_port, 1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "given", "expected"),
+    [
+        ({"tp": 2}, None, "1"),
+        ({"tp": 2}, "8", "8"),
+        ({"dp": 2}, None, None),
+        ({"tp": 2, "zero": 3}, None, None),
+    ],
+    ids=str,
+)
+def test_tensor_parallel_collectives_overlap_with_products(monkeypatch, layout, given, expected):
+    from megagpt.parallel.ranks import overlap_collectives
+
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.setenv(name, "")  # whatever becomes of it is taken back
+    monkeypatch.delenv(name)
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    overlap_collectives(tiny_plan(**layout))
+    assert os.environ.get(name) == expected

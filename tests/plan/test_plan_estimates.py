@@ -210,3 +210,15 @@ def test_estimates_are_a_steady_share_of_what_bigscience_measured(layout, microb
 @pytest.mark.parametrize(("layout", "microbatch_size"), [("48/8/1", 1), ("32/2/6", 1), ("32/2/6", 2)])
 def test_layouts_that_ran_out_of_memory_are_estimated_to(layout, microbatch_size):
     assert bigscience_estimate(layout, microbatch_size) / 0.82 > 80
+
+
+def test_windows_keep_repeated_keys_only_where_gpus_have_no_kernel_for_them():
+    def kept(precision="bf16", **keys):
+        model = megatron_model(num_query_groups=6, sliding_window=512, **keys)
+        return layer_activation_bytes(model, S, 1, 1, False, precision)
+
+    whole = layer_activation_bytes(megatron_model(num_query_groups=6), S, 1, 1, False, "bf16")
+    assert kept() == whole
+    repeated = 2 * H * S
+    assert kept("fp32") == 2 * whole + 4 * repeated
+    assert kept(attention_dropout=0.1) == whole + 2 * repeated

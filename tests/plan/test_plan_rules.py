@@ -103,13 +103,6 @@ NVME = {"device": "nvme", "nvme_path": "/local_disk"}
             "selective; set that to full, or remove offload_saved_activations",
         ),
         (
-            {"training": {"flash_attention": "FA4"}},
-            {"bf16": {"enabled": False}},
-            1,
-            "training.flash_attention=FA4 computes attention in 16 bits, without dropout and soft caps, but ds.json "
-            "asks for fp32; set it to auto",
-        ),
-        (
             {"training": {"flash_attention": "FA3"}, "model": {"attention_dropout": 0.1}},
             {},
             1,

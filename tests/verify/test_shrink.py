@@ -142,6 +142,18 @@ def test_weights_stay_cut_twice():
     assert plan.data_parallel_size == 4
 
 
+def test_what_takes_a_clusters_devices_is_left_out_and_told():
+    zero = {"zero_hpz_partition_size": 8, "zero_quantized_weights": True, "zero_quantized_gradients": True}
+    run = shrink(big_plan("llama3-8b", stage=3, zero=zero)).runs[0]
+    assert not run.exact.deepspeed.is_quantized
+    assert any(line.startswith("quantized collectives -> exact ones") for line in run.changes)
+    disk = {"offload_optimizer": {"device": "nvme", "nvme_path": "/local_disk", "pin_memory": True}}
+    run = shrink(big_plan("llama3-8b", stage=3, zero=disk)).runs[0]
+    assert run.configured.deepspeed.offloads_optimizer
+    assert not run.configured.deepspeed.optimizer_is_on_disk
+    assert any(line.startswith("optimizer on a disk -> in host memory") for line in run.changes)
+
+
 PRESETS = ["gemma2-2b", "gpt2-124m", "llama3.2-3b", "megatron-1.7b", "mixtral-8x7b", "qwen2.5-7b", "qwen3-30b-a3b"]
 
 
