@@ -8,7 +8,7 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 TRY_AGAIN = 75
@@ -113,6 +113,19 @@ class ConversionError(MegagptError):
 
 class LaunchError(MegagptError):
     """The ranks of a job cannot be found out or contradict each other."""
+
+
+class MissingRanksError(LaunchError):
+    """Some ranks have not come to where the ranks of a job meet.
+
+    Args:
+        text: what to say.
+        present_hosts: where the others are.
+    """
+
+    def __init__(self, text: str, present_hosts: Sequence[str]):
+        super().__init__(text, TRY_AGAIN)
+        self.present_hosts = present_hosts
 
 
 def exit_code_of(error: Exception) -> int:

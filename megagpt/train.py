@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from megagpt.errors import LaunchError, MegagptError, RankError, run_command
+from megagpt.launchers import spans_hosts
 from megagpt.parallel.console import Console, quiet_libraries
 from megagpt.parallel.deepspeed_launcher import find_launch
 from megagpt.parallel.launch import Launch
@@ -96,15 +97,22 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
     from megagpt.data.run_data import open_data
 
     model, training = plan.model, plan.run.training
-    opened = None
-    with own_errors(launch):
-        if plan.reads_samples(launch.rank):
-            opened = open_data(plan.run.data, model.vocab_size, plan.seq_length, training.seed)
-        hashes = fingerprints(plan.run.data) if launch.rank == 0 else {}
+    opened, hashes, problem = None, {}, None
+    try:
+        with own_errors(launch):
+            if plan.reads_samples(launch.rank):
+                opened = open_data(plan.run.data, model.vocab_size, plan.seq_length, training.seed)
+            hashes = fingerprints(plan.run.data) if launch.rank == 0 else {}
+    except RankError as error:
+        if launch.launcher != "srun" and not spans_hosts():
+            raise  # the launcher ends the others, and has this one's exit status
+        problem = error
     with console.muted():
-        from megagpt.parallel.ranks import start_ranks, stop_ranks
+        from megagpt.parallel.ranks import set_group_timeout, start_ranks, stop_ranks
+        from megagpt.supervise.absence import noting_absence
 
-        ranks = start_ranks(plan, launch)
+        with noting_absence(plan):
+            ranks = start_ranks(plan, launch, problem)
         require_writable_folders(plan, ranks)
         require_intact_data(plan, ranks, launch)
         described = ranks.broadcast_object(opened.described() if opened is not None and ranks.rank == 0 else None)
@@ -113,6 +121,8 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         from megagpt.engine import build_engine
         from megagpt.supervise.careful import judge_of
         from megagpt.supervise.watch import watch
+
+        set_group_timeout(plan)
     with watch(plan, ranks) as pulse:
         with console.muted():
             engine = build_engine(plan, ranks, pulse, judge_of(plan))

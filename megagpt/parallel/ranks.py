@@ -9,13 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megagpt.errors import LaunchError
+from megagpt.errors import LaunchError, MegagptError, RankError
 from megagpt.parallel.interface import choose_interface, describe_interfaces
 from megagpt.parallel.launch import Launch
 from megagpt.parallel.meeting import meet
 from megagpt.plan import Plan
 from megagpt.plan.config import PATIENCE_WITH_SLOW_PHASES
 
+FIRST_TIMEOUT = timedelta(minutes=10)
+"""Of the collectives before the watchdog looks on: that the network between ranks is broken shows in the first one."""
 SHORTEST_GROUP_TIMEOUT = timedelta(minutes=30)
 LONGEST_GROUP_TIMEOUT = timedelta(hours=24)
 
@@ -144,16 +146,18 @@ class ModelParallelUnit:
         return 1
 
 
-def start_ranks(plan: Plan, launch: Launch) -> Ranks:
+def start_ranks(plan: Plan, launch: Launch, problem: RankError | None = None) -> Ranks:
     """Join the job's process groups and seed this rank.
 
     Args:
         plan: the layout.
         launch: this process's rank as the launcher gave it.
+        problem: what this rank has met, for which the job must end: no rank is left to wait for it.
 
     Raises:
         LaunchError: there are more ranks than GPUs on this host, or the ranks cannot meet at the master's port.
-        RankError: others have not come there, which the first rank tells.
+        MissingRanksError: on the first rank: others have not come there.
+        RankError: the problem; or another rank tells why the job ends.
     """
     from megagpt.parallel.without_cuda import prepare_deepspeed, support_hosts_without_cuda
 
@@ -162,22 +166,23 @@ def start_ranks(plan: Plan, launch: Launch) -> Ranks:
     import deepspeed
 
     launch.export()
-    choose_interface(launch.master_addr)
-    if torch.cuda.is_available():
-        overlap_collectives(plan)
-        index = gpu_index(launch.local_rank, torch.cuda.device_count())
-        torch.cuda.set_device(index)
-        # DeepSpeed takes the local rank for the number of the device, and compares it with Open MPI's.
-        for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & set(os.environ):
-            os.environ[name] = str(index)
+    own_problem: MegagptError | None = problem
+    try:
+        choose_interface(launch.master_addr)
+        if torch.cuda.is_available():
+            _choose_gpu(plan, launch)
+    except LaunchError as error:
+        own_problem = problem or error
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         try:
-            meeting = meet(launch)
-            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=group_timeout(plan))
+            meeting = meet(launch, own_problem)
+            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=FIRST_TIMEOUT)
             del meeting  # the process groups keep the port open now
         except dist.DistError as error:
             raise LaunchError(_network_advice(launch, error)) from None
+    elif own_problem is not None:
+        raise own_problem
     return _join_groups(
         plan.tensor_parallel_size,
         plan.context_parallel_size,
@@ -223,6 +228,15 @@ def _network_advice(launch: Launch, error: Exception) -> str:
         "it is rank 0's host, that hosts reach each other on this port, and that all ranks were started; this host's "
         f"interfaces are {describe_interfaces()} (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose one)"
     )
+
+
+def _choose_gpu(plan: Plan, launch: Launch) -> None:
+    overlap_collectives(plan)
+    index = gpu_index(launch.local_rank, torch.cuda.device_count())
+    torch.cuda.set_device(index)
+    # DeepSpeed takes the local rank for the number of the device, and compares it with Open MPI's.
+    for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & set(os.environ):
+        os.environ[name] = str(index)
 
 
 def gpu_index(local_rank: int, num_gpus: int) -> int:

@@ -7,6 +7,7 @@ a power failure.
 import contextlib
 import os
 import shutil
+import time
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,6 +22,11 @@ _STACKS_WANTED = "stacks-wanted"
 _KEPT_STARTS = 4
 
 
+def name_of_start() -> str:
+    """Of the folder of a start that this process makes now; later ones sort behind it."""
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}"
+
+
 class Beat(BaseModel):
     """One rank as its watchdog has last described it."""
 
@@ -31,6 +37,8 @@ class Beat(BaseModel):
     pid: int
     pid_started: int
     """Clock ticks from boot to the start of the process: tells it from a later one with its pid."""
+    pid_space: str = ""
+    """What its pid is a number of; see `pid_space`."""
     stage: int
     data: int
     context: int
@@ -158,6 +166,11 @@ class BeatFolder:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(text)
         os.replace(temporary, path)
+
+
+def pid_space() -> str:
+    """What the process numbers that this process sees are numbers of: one boot of a host, and one of its namespaces."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def process_state(pid: int, started: int) -> str | None:

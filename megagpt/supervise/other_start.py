@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megagpt.launchers import host_name
-from megagpt.supervise.beats import Beat, BeatFolder, process_state
+from megagpt.supervise.beats import Beat, BeatFolder, pid_space, process_state
 from megagpt.supervise.pulse import Phase
 
 RANKS_LOOKED_AT = 16
@@ -19,8 +18,8 @@ SECONDS_BETWEEN_BEATS = 5.0
 def living_start(parent: Path, sleep: Callable[[float], None] = time.sleep) -> Beat | None:
     """A rank of an earlier start that goes on; None if all have ended.
 
-    A rank of this host is there or not. One of another host is there if it beats again within two beats' time, which is
-    waited for only if it has beaten lately by the clock of the file system.
+    A rank whose process number means something here is there or not. One of another host or container is there if it
+    beats again within two beats' time; that is waited for only if it has beaten lately by the file system's clock.
 
     Args:
         parent: holds a folder of beats for each start.
@@ -28,7 +27,7 @@ def living_start(parent: Path, sleep: Callable[[float], None] = time.sleep) -> B
     """
     distant: list[tuple[BeatFolder, Beat]] = []
     for folder, beat in _last_beats(parent):
-        if beat.host != host_name():
+        if beat.pid_space != pid_space():
             distant.append((folder, beat))
         elif process_state(beat.pid, beat.pid_started) is not None:
             return beat
@@ -66,11 +65,13 @@ def wait_for_its_end(
 
 def _last_beats(parent: Path) -> Iterator[tuple[BeatFolder, Beat]]:
     """Of the first ranks of each start that nothing has ended, as far as they are fresh."""
-    if not parent.is_dir():
+    try:
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=".now-") as file:
+            now = os.stat(file.name).st_mtime  # by the clock that stamps the beats
+            starts = sorted(path for path in parent.iterdir() if path.is_dir())
+    except FileNotFoundError:  # there was none, or it has just ended
         return
-    with tempfile.NamedTemporaryFile(dir=parent, prefix=".now-") as file:
-        now = os.stat(file.name).st_mtime  # by the clock that stamps the beats
-    for path in sorted(path for path in parent.iterdir() if path.is_dir()):
+    for path in starts:
         folder = BeatFolder(path)
         if folder.verdict() is not None:
             continue

@@ -1,10 +1,8 @@
 """Watch a run: its ranks know of each other's end, and what ends it is said once, first and in words."""
 
 import contextlib
-import os
 import re
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from megagpt.launchers import host_name
 from megagpt.parallel.ranks import Ranks
 from megagpt.plan import Plan
 from megagpt.plan.fitting import SEARCH_SECONDS
-from megagpt.supervise.beats import FOLDER, Beat, BeatFolder
+from megagpt.supervise.beats import FOLDER, Beat, BeatFolder, name_of_start
 from megagpt.supervise.memory import Memory, advice, exhausted_memory, shortage
 from megagpt.supervise.other_start import wait_for_its_end
 from megagpt.supervise.pulse import Pulse
@@ -90,8 +88,7 @@ def _folder(plan: Plan, ranks: Ranks) -> BeatFolder | None:
             f"{describe(other)}; end that one, or give this one another checkpoint.directory and logging.directory",
             exit_code=TRY_AGAIN,
         )
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    folder = BeatFolder(beats / ranks.broadcast_object(name))
+    folder = BeatFolder(beats / ranks.broadcast_object(name_of_start()))
     if ranks.rank == 0:
         folder.create()
     ranks.barrier()

@@ -22,7 +22,7 @@ from types import TracebackType
 from megagpt.errors import TRY_AGAIN, MegagptError, RankError
 from megagpt.launchers import host_name
 from megagpt.plan.config import PATIENCE_WITH_SLOW_PHASES
-from megagpt.supervise.beats import Beat, BeatFolder, Verdict, process_start, process_state
+from megagpt.supervise.beats import Beat, BeatFolder, Verdict, pid_space, process_start, process_state
 from megagpt.supervise.pulse import SLOW_PHASES, Phase, Pulse
 from megagpt.supervise.verdict import Condition, Seen, describe_lost, explain
 
@@ -78,7 +78,7 @@ class Watchdog:
         self.pulse = Pulse()
         self._say, self._leave = say, leave
         self._host, self._pid = host_name(), os.getpid()
-        self._pid_started = process_start(self._pid)
+        self._pid_started, self._pid_space = process_start(self._pid), pid_space()
         self._number, self._last_beat, self._where = 0, 0.0, ""
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> its last number, and when it was new
         self._neighbours: list[Beat] = []  # as they were when they were met
@@ -184,6 +184,7 @@ class Watchdog:
             host=self._host,
             pid=self._pid,
             pid_started=self._pid_started,
+            pid_space=self._pid_space,
             stage=place.stage,
             data=place.data,
             context=place.context,

@@ -1,7 +1,6 @@
 """Groups, agreement and random states of real ranks."""
 
 import os
-import re
 
 import pytest
 import torch
@@ -121,33 +120,6 @@ def test_each_rank_gets_its_own_gpu():
     assert gpu_index(3, 1) == 0, "Slurm shows each task its own GPU only"
     with pytest.raises(LaunchError, match="local rank 2 has no GPU: this host shows 2; start at most 2 ranks per host"):
         gpu_index(2, 2)
-
-
-def come_alone(host: str) -> tuple[str, int]:
-    """Rank 2 does not come; how the others end."""
-    import socket
-
-    from megagpt.errors import MegagptError
-    from megagpt.parallel.launch import detect_launch
-    from megagpt.parallel.meeting import meet
-
-    launch = detect_launch()
-    socket.gethostname = lambda: f"{host}{launch.rank}"
-    if launch.rank == 2:
-        return "", 0
-    try:
-        meet(launch, seconds=8.0)
-    except MegagptError as error:
-        return str(error), error.exit_code
-    return "all have come", 0
-
-
-def test_a_rank_that_does_not_come_is_named_once(libraries):
-    (said, status), *others = run_ranks(come_alone, 4, "node")
-    assert re.match(r"1 of 4 ranks have not come to MASTER_ADDR=127.0.0.1 MASTER_PORT=\d+ within 8 s: 2; the ", said)
-    assert "the others are on node0, node1, node3: see that" in said
-    assert status == 75, "the next start may well find it"
-    assert others == [("", 75), ("", 0), ("", 75)]
 
 
 def test_ranks_wait_longer_for_each_other_than_the_watchdog_does():

@@ -3,9 +3,10 @@
 import os
 
 import pytest
+from ranks import run_ranks
+from tiny import tiny_plan
 
-from megagpt.launchers import host_name
-from megagpt.supervise.beats import Beat, BeatFolder, Verdict, process_start
+from megagpt.supervise.beats import FOLDER, Beat, BeatFolder, Verdict, pid_space, process_start
 from megagpt.supervise.other_start import living_start, wait_for_its_end
 from megagpt.supervise.pulse import Phase
 
@@ -17,13 +18,14 @@ def start(tmp_path):
     return folder
 
 
-def beat_of(host, *, number=1, phase=Phase.FORWARD, pid=None, rank=0):
+def beat_of(host="here", *, number=1, phase=Phase.FORWARD, pid=None, rank=0):
     pid = os.getpid() if pid is None else pid
     return Beat(
         rank=rank,
         host=host,
         pid=pid,
         pid_started=process_start(os.getpid()),
+        pid_space=pid_space() if host == "here" else "",
         stage=0,
         data=0,
         context=0,
@@ -47,9 +49,9 @@ def test_a_folder_without_starts_is_free(tmp_path):
 
 
 def test_a_rank_of_this_host_is_there_or_not(start):
-    start.write(beat_of(host_name()))
+    start.write(beat_of())
     assert living_start(start.folder.parent, refuse_to_sleep).rank == 0
-    start.write(beat_of(host_name(), pid=1 << 30))
+    start.write(beat_of(pid=1 << 30))
     assert living_start(start.folder.parent, refuse_to_sleep) is None
 
 
@@ -73,8 +75,35 @@ def test_what_has_ended_is_not_waited_for(start):
 
 
 def test_a_start_that_is_ending_is_given_time(start):
-    start.write(beat_of(host_name()))
+    start.write(beat_of())
     told = []
     assert wait_for_its_end(start.folder.parent, 0.0, told.append, lambda seconds: None) is not None
     assert wait_for_its_end(start.folder.parent, 9.0, told.append, lambda seconds: start.withdraw(0)) is None
     assert [beat.step for beat in told] == [7, 7]
+
+
+def watch_beside_another(plan) -> str:
+    """What comes of a start in the folder of a run that goes on."""
+    from megagpt.errors import ConfigError
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.parallel.ranks import start_ranks
+    from megagpt.supervise.watch import watch
+
+    try:
+        with watch(plan, start_ranks(plan, detect_launch())):
+            return "started"
+    except ConfigError as error:
+        return f"{error.exit_code}: {error}"
+
+
+def test_no_rank_starts_beside_another_run(tmp_path, libraries):
+    start = BeatFolder(tmp_path / FOLDER / "20260101-000000-1")
+    start.create()
+    start.write(beat_of())
+    supervision = {"silent_seconds": 0.2}
+    plan = tiny_plan(dp=2, sections={"logging": {"directory": str(tmp_path)}, "supervision": supervision})
+    said = f"75: {tmp_path} is the folder of another run that goes on: its rank 0 on here (process {os.getpid()}) is at"
+    for found in run_ranks(watch_beside_another, 2, plan):
+        assert found.startswith(said)
+    start.withdraw(0)
+    assert run_ranks(watch_beside_another, 2, plan) == ["started", "started"]
