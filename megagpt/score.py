@@ -66,7 +66,7 @@ def score_checkpoint(
     parts = _open(plan, splits, datasets)
     with console.muted():
         ranks = start_ranks(plan, launch)
-        engine = build_engine(plan, ranks)
+        engine = build_engine(plan, ranks, draws_weights=False)
     scores = []
     with contextlib.closing(engine):
         load_weights(folder, engine, plan, ranks)

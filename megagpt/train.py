@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from megagpt.errors import LaunchError, MegagptError, RankError, run_command
+from megagpt.errors import CheckpointError, LaunchError, MegagptError, RankError, run_command
 from megagpt.launchers import spans_hosts
 from megagpt.parallel.console import Console, quiet_libraries
 from megagpt.parallel.deepspeed_launcher import find_launch
@@ -82,11 +82,12 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         TrainingError: the loss is not finite.
         RankError: this rank alone has failed, or another one has ended.
     """
-    from megagpt.checkpoint import finished_step
+    from megagpt.checkpoint import finished_step, weights_will_be_replaced
 
     console = Console(launch.rank, verbose)
     with own_errors(launch):
         done = finished_step(plan)
+        replaced = launch.rank == 0 and weights_will_be_replaced(plan)
     if done is not None:
         console.say(
             f"{plan.run.checkpoint.directory} already holds step {done:,} and training.steps="
@@ -125,7 +126,8 @@ def run(plan: Plan, launch: Launch, stop: StopSignal, verbose: bool = False) -> 
         set_group_timeout(plan)
     with watch(plan, ranks) as pulse:
         with console.muted():
-            engine = build_engine(plan, ranks, pulse, judge_of(plan))
+            replaced = ranks.broadcast_object(replaced)
+            engine = build_engine(plan, ranks, pulse, judge_of(plan), draws_weights=not replaced)
         with contextlib.closing(engine):
             console.say(headline(plan, launch))
             for note in [*plan.notes, *filter(None, [engine.remark])]:
@@ -202,6 +204,11 @@ def train(
         from megagpt.pretrained import load_pretrained
 
         load_pretrained(plan, engine, ranks, console)
+    elif restored is None and engine.is_blank:
+        raise CheckpointError(
+            f"checkpoint.directory={run.checkpoint.directory} had checkpoints when the run started and has none now; "
+            "start it again for a new run, or bring them back"
+        )
     state = restored or TrainState()
     votes = Consensus(ranks, width=2)
     stopping = Stopping(stop, _deadline(plan, ranks, checkpoints.restored_save_seconds), votes)

@@ -9,7 +9,7 @@ Curve = list[tuple[float, float]]
 
 def train_plainly(plan):
     """The curve of a plain torch loop around the same model, and the model; needs a process of its own."""
-    from megagpt.engine.engine import named_parameters
+    from megagpt.engine.weights import named_parameters
     from megagpt.model import GPT, initialize_weights, set_auxiliary_loss_scale
     from megagpt.optim import build_optimizer
 

@@ -87,7 +87,7 @@ class Letters:
 
 def untrained_model():
     """A model of 250 tokens, whose vocabulary is padded to 256, and what stands for its checkpoint."""
-    from megagpt.engine.engine import named_parameters
+    from megagpt.engine.weights import named_parameters
     from megagpt.model import GPT, initialize_weights
     from megagpt.parallel.ranks import start_single_process
 

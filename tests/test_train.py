@@ -255,6 +255,50 @@ def test_a_run_stops_in_time_before_its_limit(dataset, tmp_path, ranks):
     assert saved(tmp_path) == [f"step-{steps:08d}"]
 
 
+def train_and_list_draws(plan) -> list[str]:
+    """Parameters that are given random values on the way."""
+    from megagpt.model import initialize
+
+    drawn, draw = [], initialize._full_weight
+    initialize._full_weight = lambda name, *args: drawn.append(name) or draw(name, *args)
+    try:
+        train(plan)
+    finally:
+        initialize._full_weight = draw
+    return drawn
+
+
+def test_a_run_that_goes_on_draws_no_weights(dataset, tmp_path):
+    (drawn,) = run_ranks(train_and_list_draws, 1, plan_in(tmp_path, dataset, steps=2))
+    assert "embedding.word_embeddings.weight" in drawn
+    assert run_ranks(train_and_list_draws, 1, plan_in(tmp_path, dataset, steps=3)) == [[]]
+
+
+def lose_the_checkpoints(plan) -> None:
+    """Take them away between the start and the restore."""
+    import shutil
+
+    from megagpt.checkpoint import Checkpoints
+
+    restore = Checkpoints.restore_latest
+
+    def restore_after_the_loss(self):
+        shutil.rmtree(plan.run.checkpoint.directory)
+        return restore(self)
+
+    Checkpoints.restore_latest = restore_after_the_loss
+    try:
+        train(plan)
+    finally:
+        Checkpoints.restore_latest = restore
+
+
+def test_checkpoints_that_vanish_while_the_run_starts_are_missed(dataset, tmp_path):
+    run_ranks(train, 1, plan_in(tmp_path, dataset, steps=2))
+    with pytest.raises(RankFailedError, match="had checkpoints when the run started and has none now; start it again"):
+        run_ranks(lose_the_checkpoints, 1, plan_in(tmp_path, dataset, steps=3))
+
+
 def test_how_long_a_save_took_is_known_after_a_resume(dataset, tmp_path):
     plan = plan_in(tmp_path, dataset, steps=1)
     run_ranks(train, 1, plan)
@@ -328,13 +372,43 @@ def test_what_one_rank_meets_before_it_knows_the_others_it_tells_by_its_name(dat
 
     missing = plan_in(tmp_path, {**dataset, "prefix": f"{tmp_path}/missing"}, dp=2)
     monkeypatch.setattr(module, "StopSignal", lambda: None)
-    monkeypatch.setattr(module, "find_launch", lambda: Launch(1, 1, 2, "127.0.0.1", 1, "srun"))
+    monkeypatch.setattr(module, "find_launch", lambda: Launch(1, 1, 2, "127.0.0.1", 1, "torchrun"))
     for name in ("load_run_config", "load_deepspeed_config"):
         monkeypatch.setattr(module, name, lambda *args: None)
     monkeypatch.setattr(module, "make_plan", lambda *args: missing)
     monkeypatch.setattr("sys.argv", ["train", "--config", "run.yaml", "--deepspeed_config", "ds.json"])
     with pytest.raises(RankError, match=f"rank 1 on .*: .*{tmp_path}/missing"):
         module.main()
+
+
+def train_under_srun_where_rank_1_lacks_the_dataset(plan) -> tuple[str, int]:
+    """What this rank says, and its exit status."""
+    import dataclasses
+
+    from megagpt.errors import RankError
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.plan import run_config_from_dict
+    from megagpt.signals import StopSignal
+    from megagpt.train import run
+
+    launch = dataclasses.replace(detect_launch(), launcher="srun")
+    if launch.rank == 1:
+        tree = plan.run.model_dump(mode="json")
+        tree["data"]["prefix"] += "-missing"
+        plan = dataclasses.replace(plan, run=run_config_from_dict(tree))
+    try:
+        run(plan, launch, StopSignal())
+    except RankError as error:
+        return str(error), error.exit_code
+    return "", 0
+
+
+def test_what_one_rank_lacks_under_srun_ends_all_with_its_status(dataset, tmp_path):
+    plan = plan_in(tmp_path, dataset, dp=2)
+    (said, status), other = run_ranks(train_under_srun_where_rank_1_lacks_the_dataset, 2, plan)[::-1]
+    assert said.startswith("rank 1 on ")
+    assert "-missing.bin does not exist" in said
+    assert (status, other) == (2, ("", 2))
 
 
 def test_ranks_share_the_datasets_whose_checksums_they_compare(dataset, tmp_path):

@@ -78,6 +78,16 @@ def finished_step(plan: Plan) -> int | None:
     return None
 
 
+def weights_will_be_replaced(plan: Plan) -> bool:
+    """Whether a run starts from a checkpoint or from pretrained weights, so that it needs no initial ones.
+
+    Raises:
+        StorageError: the store refuses or does not answer.
+    """
+    directory = plan.run.checkpoint.directory
+    return plan.model.init_from is not None or (directory is not None and bool(list_checkpoints(location(directory))))
+
+
 class Checkpoints:
     """The checkpoints of one run.
 

@@ -4,7 +4,7 @@ PipelineEngine runs the list of layers when there is more than one stage; DeepSp
 module otherwise. Losses and norms stay on the device: nothing here waits for it.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,22 +17,16 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from megagpt.engine.batches import Batch, PreparedBatch, prepare
-from megagpt.engine.experts import expert_figures, tell_experts_to_deepspeed
+from megagpt.engine.experts import expert_figures
 from megagpt.engine.fragments import Fragment, groups_in_memory, is_on_disk, local_fragments, share_fp32_weights
 from megagpt.engine.guard import Check, Judge, UpdateGuard
 from megagpt.engine.loss_scale import own_loss_scaler
 from megagpt.engine.phases import before_forward_passes, tell_phases
 from megagpt.engine.pipeline import PlannedPipeline, pipeline_module
 from megagpt.engine.swap_folder import SwapFolder, prepare_swap_folder
+from megagpt.engine.weights import finish, finish_cut, named_parameters
 from megagpt.errors import ConfigError
-from megagpt.model import (
-    GPT,
-    canonical_name,
-    choose_flash_attention,
-    initialize_weights,
-    is_partial_over_tensor_ranks,
-    set_auxiliary_loss_scale,
-)
+from megagpt.model import GPT, choose_flash_attention, set_auxiliary_loss_scale
 from megagpt.optim import build_optimizer
 from megagpt.parallel.ranks import Ranks, set_group_timeout
 from megagpt.plan import Plan
@@ -68,6 +62,7 @@ class Engine:
         judge: asked before each update whether its loss and norm are to be trusted; None: all are.
         swap_folder: where the optimizer is, if on a disk.
         remark: what the user should know of how it computes.
+        is_blank: its weights are zeros, and others must take their place.
     """
 
     def __init__(
@@ -81,8 +76,10 @@ class Engine:
         judge: Judge | None = None,
         swap_folder: SwapFolder | None = None,
         remark: str | None = None,
+        is_blank: bool = False,
     ):
-        self.plan, self.ranks, self.pulse, self.remark = plan, ranks, pulse or Pulse(), remark
+        self.plan, self.ranks, self.pulse = plan, ranks, pulse or Pulse()
+        self.remark, self.is_blank = remark, is_blank
         self.parameters = dict(named_parameters(module, plan, ranks.expert_rank))
         """This rank's parameters by canonical name."""
         self._module: Any = module
@@ -280,23 +277,9 @@ class Engine:
         return value
 
 
-def named_parameters(
-    module: nn.Module, plan: Plan, expert_rank: int = 0, prefix: str = ""
-) -> Iterator[tuple[str, nn.Parameter]]:
-    """Canonical name and parameter of a PipelineModule's stage or of a GPT.
-
-    Args:
-        module: the stage, the whole model, or a part of it.
-        plan: gives the number of layers and of experts per rank.
-        expert_rank: this process's expert-parallel rank.
-        prefix: name of the part in a GPT.
-    """
-    first_expert = expert_rank * (plan.model.num_experts or 0) // plan.expert_parallel_size
-    for name, parameter in module.named_parameters(prefix=prefix):
-        yield canonical_name(name, plan.model.num_layers, first_expert), parameter
-
-
-def build_engine(plan: Plan, ranks: Ranks, pulse: Pulse | None = None, judge: Judge | None = None) -> Engine:
+def build_engine(
+    plan: Plan, ranks: Ranks, pulse: Pulse | None = None, judge: Judge | None = None, *, draws_weights: bool = True
+) -> Engine:
     """Build this rank's part of the model with its initial weights and hand it to DeepSpeed.
 
     Args:
@@ -304,6 +287,7 @@ def build_engine(plan: Plan, ranks: Ranks, pulse: Pulse | None = None, judge: Ju
         ranks: this process's place.
         pulse: told of each phase of each micro-batch.
         judge: asked before each update whether its loss and norm are to be trusted.
+        draws_weights: false: the initial weights are zeros, as others will take their place.
 
     Raises:
         ConfigError: this host cannot run what the configs ask for.
@@ -316,16 +300,18 @@ def build_engine(plan: Plan, ranks: Ranks, pulse: Pulse | None = None, judge: Ju
     remark = choose_flash_attention(plan, ranks.device, ranks.gather_objects)
     swap_folder = prepare_swap_folder(plan, ranks) if plan.deepspeed.optimizer_is_on_disk else None
     try:
-        module, optimizer, wrapped = _build(plan, ranks, swap_folder)
+        module, optimizer, wrapped = _build(plan, ranks, swap_folder, draws_weights)
     except BaseException:
         if swap_folder is not None:
             swap_folder.remove()
         raise
     set_group_timeout(plan)
-    return Engine(plan, ranks, module, optimizer, wrapped, pulse, judge, swap_folder, remark)
+    return Engine(plan, ranks, module, optimizer, wrapped, pulse, judge, swap_folder, remark, not draws_weights)
 
 
-def _build(plan: Plan, ranks: Ranks, swap_folder: SwapFolder | None) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+def _build(
+    plan: Plan, ranks: Ranks, swap_folder: SwapFolder | None, draws_weights: bool
+) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     """Model, optimizer and DeepSpeed's engine around them."""
     config = plan.engine_config()
     if swap_folder is not None:
@@ -333,10 +319,10 @@ def _build(plan: Plan, ranks: Ranks, swap_folder: SwapFolder | None) -> tuple[nn
     is_pipeline = plan.pipeline_parallel_size > 1
     module: nn.Module
     if plan.is_cut_while_built:
-        module = GPT(plan, lambda prefix, layer: _finish_cut(prefix, layer, plan, ranks))
+        module = GPT(plan, lambda prefix, layer: finish_cut(prefix, layer, plan, ranks, draws_weights))
     else:
         module = pipeline_module(plan) if is_pipeline else GPT(plan)
-        _finish("", module, plan, ranks)
+        finish("", module, plan, ranks, draws_weights)
     optimizer = build_optimizer(named_parameters(module, plan, ranks.expert_rank), plan)
     wrapped, *_ = deepspeed.initialize(
         model=module,
@@ -348,45 +334,6 @@ def _build(plan: Plan, ranks: Ranks, swap_folder: SwapFolder | None) -> tuple[nn
     skip_reduction_by_one_rank(wrapped)
     share_fp32_weights(wrapped.optimizer)
     return module, optimizer, wrapped
-
-
-def _finish(prefix: str, module: nn.Module, plan: Plan, ranks: Ranks) -> None:
-    """Give a model, or the part of it that is called `prefix`, its weights and what DeepSpeed must know of them."""
-    named = named_parameters(module, plan, ranks.expert_rank, prefix)
-    whole = [(name, parameter) for name, parameter in named if not hasattr(parameter, "ds_id")]
-    initialize_weights(whole, plan, ranks.tensor_rank)
-    sum_partial_gradients([parameter for _, parameter in whole], ranks)
-    tell_experts_to_deepspeed(module, plan, ranks)
-
-
-def _finish_cut(prefix: str, layer: nn.Module, plan: Plan, ranks: Ranks) -> None:
-    """The same for one layer under ZeRO 3, which then keeps this rank's part of its weights only."""
-    _finish(prefix, layer, plan, ranks)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.precision]
-    for parameter in layer.parameters():
-        parameter.data = parameter.data.to(dtype)  # as DeepSpeed does with models that are whole
-    deepspeed.zero.Init(
-        module=layer, data_parallel_group=ranks.gradient_group, config_dict_or_path=plan.engine_config(), mpu=ranks.mpu
-    )
-
-
-def sum_partial_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
-    """Sum, over the tensor-parallel ranks, the gradients of whole parameters that work on a part of tokens or heads.
-
-    Megatron-Core's optimizer would do it; DeepSpeed's do not. The hook sits on the tensor, before accumulation: summing
-    an accumulated gradient would count earlier micro-batches again.
-    """
-
-    def all_reduce(grad: Tensor) -> Tensor:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ranks.tensor_group)
-        return grad
-
-    if ranks.tensor_size == 1:
-        return
-    for parameter in parameters:
-        if is_partial_over_tensor_ranks(parameter):
-            parameter.register_hook(all_reduce)
 
 
 def skip_reduction_by_one_rank(wrapped: Any) -> None:

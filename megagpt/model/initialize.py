@@ -12,23 +12,28 @@ from megagpt.plan import Plan
 
 
 @torch.no_grad()
-def initialize_weights(named: Iterable[tuple[str, nn.Parameter]], plan: Plan, tensor_rank: int) -> None:
+def initialize_weights(
+    named: Iterable[tuple[str, nn.Parameter]], plan: Plan, tensor_rank: int, *, draws: bool = True
+) -> None:
     """Fill this rank's parameters and mark them as Megatron-Core does.
 
     Args:
         named: canonical name and parameter.
         plan: gives seed, standard deviation and layout.
         tensor_rank: this rank's tensor-parallel rank.
+        draws: false: with zeros. Each rank draws whole parameters, of which it keeps a part: minutes for a large model.
     """
     from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
     for name, parameter in named:
         partition = partition_of(name, plan.model.is_gated)
-        size = plan.tensor_parallel_size
-        full = _full_weight(name, full_shape(parameter, partition, plan), plan)
-        shard = partition.shard(full, tensor_rank, size, plan.padded_vocab_size)
-        assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
-        parameter.copy_(shard)
+        if draws:
+            full = _full_weight(name, full_shape(parameter, partition, plan), plan)
+            shard = partition.shard(full, tensor_rank, plan.tensor_parallel_size, plan.padded_vocab_size)
+            assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
+            parameter.copy_(shard)
+        else:
+            parameter.zero_()
         # DeepSpeed's gradient norm counts a parameter on every TP rank only if it carries this mark.
         if partition.dim is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=partition.dim, stride=1)

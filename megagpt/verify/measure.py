@@ -18,7 +18,7 @@ from megagpt.data.mixture import Samples
 from megagpt.data.samples import SampleStream
 from megagpt.engine import build_engine
 from megagpt.engine.batches import PreparedBatch, prepare
-from megagpt.engine.engine import named_parameters
+from megagpt.engine.weights import named_parameters
 from megagpt.model import GPT, initialize_weights, partition_of, set_auxiliary_loss_scale
 from megagpt.optim import build_optimizer
 from megagpt.parallel.accounting import count_traffic

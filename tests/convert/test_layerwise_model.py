@@ -25,7 +25,7 @@ class Weights:
 
 
 def differences() -> dict[str, float]:
-    from megagpt.engine.engine import named_parameters
+    from megagpt.engine.weights import named_parameters
     from megagpt.layerwise import LayerwiseGPT
     from megagpt.model import GPT, partition_of
     from megagpt.parallel.ranks import start_single_process

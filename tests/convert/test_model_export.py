@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("libraries")
 
 def build(model):
     """A GPT on one process whose parameters hold `random_weights`, and the full tensors read back from it."""
-    from megagpt.engine.engine import named_parameters
+    from megagpt.engine.weights import named_parameters
     from megagpt.model import GPT, partition_of
     from megagpt.parallel.ranks import start_single_process
 

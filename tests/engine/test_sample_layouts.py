@@ -67,7 +67,7 @@ def test_layout_gives_the_single_process_curve(curves, name):
 def model_and_batches(model, data, count):
     """A model in this process and micro-batches as the engine takes them."""
     from megagpt.engine.batches import prepare
-    from megagpt.engine.engine import named_parameters
+    from megagpt.engine.weights import named_parameters
     from megagpt.model import GPT, initialize_weights
     from megagpt.parallel.ranks import start_single_process
     from megagpt.verify.measure import _batches

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("libraries")
 
 def built(plan):
     """The model of a plan with its initial weights, in this process."""
-    from megagpt.engine.engine import named_parameters
+    from megagpt.engine.weights import named_parameters
     from megagpt.model import GPT, initialize_weights
     from megagpt.parallel.ranks import start_single_process
 

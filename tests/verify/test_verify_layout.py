@@ -17,7 +17,7 @@ def nothing(ranks):
 
 def no_summed_gradients(ranks):
     """Norms and biases of sequence-parallel regions keep each rank's own gradient."""
-    return mock.patch("megagpt.engine.engine.sum_partial_gradients")
+    return mock.patch("megagpt.engine.weights.sum_partial_gradients")
 
 
 def untied(ranks):

@@ -64,7 +64,7 @@ def test_a_wrong_row_is_shown_as_missed(tmp_path, capsys):
     from megagpt.verify.table import write_table
 
     rows = [Row("Faults", "gpt2", "sgd", {"tp": 2, "sp": True})]
-    with mock.patch("megagpt.engine.engine.sum_partial_gradients"):
+    with mock.patch("megagpt.engine.weights.sum_partial_gradients"):
         assert not write_table(rows, tmp_path / "table.md")
     text = (tmp_path / "table.md").read_text()
     assert "0 of 1 rows are within their bounds" in text
