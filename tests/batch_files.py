@@ -40,7 +40,8 @@ STUBS = {
         exit "${SRUN_EXITS:-0}" """,
     "deepspeed": """
         printf '%s\\0' "$@" >deepspeed_arguments
-        cp "$HOSTFILE" hostfile_seen
+        while [[ $1 != --hostfile ]]; do shift; done
+        if [[ -f $2 ]]; then cat "$2" >hostfile_seen; fi
         grep SigIgn /proc/$$/status >ignored_signals""",
 }
 ALLOCATION = {

@@ -144,6 +144,8 @@ def test_a_virtual_environment_is_activated(folder: Path) -> None:
 
 
 def test_deepspeed_launcher_on_each_node(folder: Path) -> None:
+    temporary = folder / "temporary"
+    temporary.mkdir()
     result = submit(
         folder,
         DEEPSPEED,
@@ -153,6 +155,7 @@ def test_deepspeed_launcher_on_each_node(folder: Path) -> None:
         SRUN_RUNS="1",
         SLURM_NODEID="1",
         SLURM_NTASKS_PER_NODE="1",
+        TMPDIR=str(temporary),
     )
     assert result.returncode == 0, result.stderr
     assert words(folder / "srun_arguments")[:4] == [
@@ -162,15 +165,15 @@ def test_deepspeed_launcher_on_each_node(folder: Path) -> None:
         "--kill-on-bad-exit=1",
     ]
     arguments = words(folder / "deepspeed_arguments")
-    hostfile = folder / "hostfile.123456"
     module = arguments.index("megagpt.train")
     assert arguments[:module] == [
-        *("--hostfile", str(hostfile), "--no_ssh", "--node_rank", "1"),
+        *("--hostfile", "/proc/self/fd/9", "--no_ssh", "--node_rank", "1"),
         *("--master_addr", "node1", "--master_port", "23456", "--module"),
     ]
     assert parse_arguments(arguments[module + 1 :]).overrides == ["training.steps=9"]
     assert (folder / "hostfile_seen").read_text() == "node1 slots=2\nnode2 slots=2\n"
-    assert not hostfile.exists()
+    assert not list(temporary.iterdir())
+    assert [path.name for path in folder.glob("hostfile*")] == ["hostfile_seen"]
     assert srun_environment(folder)["OMP_NUM_THREADS"] == "3"  # 6 CPUs for 2 ranks
 
 
