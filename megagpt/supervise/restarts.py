@@ -16,7 +16,7 @@ from megagpt.errors import TRY_AGAIN, LaunchError, MegagptError, StorageError, e
 from megagpt.plan import RunConfig
 from megagpt.storage import Location, RemotePath, location
 from megagpt.storage.steps import step_folders, step_of
-from megagpt.supervise.beats import FOLDER, BeatFolder, Verdict
+from megagpt.supervise.beats import FOLDER, BeatFolder, Verdict, starts
 from megagpt.supervise.exclusion import followers, keep_off
 from megagpt.supervise.slurm import PAUSES, NoAnswerError, ask
 
@@ -258,10 +258,10 @@ def _verdict_of_last_start(run: RunConfig) -> Verdict | None:
     if parent is None:
         return None
     assert run.checkpoint.directory is not None, "the caller has a checkpoint directory"
-    folders = sorted(Path(parent).glob(f"{FOLDER}/*/"))
+    folders = starts(Path(parent) / FOLDER)
     verdict = BeatFolder(folders[-1]).verdict() if folders else None
-    starts = _starts(location(run.checkpoint.directory) / RECORD)
-    is_old = verdict is None or not starts or folders[-1].stat().st_mtime < starts[-1].time
+    noted = _starts(location(run.checkpoint.directory) / RECORD)
+    is_old = verdict is None or not noted or folders[-1].stat().st_mtime < noted[-1].time
     return None if is_old else verdict
 
 

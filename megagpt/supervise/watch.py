@@ -90,7 +90,7 @@ def _folder(plan: Plan, ranks: Ranks) -> BeatFolder | None:
             f"{describe(other)}; end that one, or give this one another checkpoint.directory and logging.directory",
             exit_code=TRY_AGAIN,
         )
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}"
     folder = BeatFolder(beats / ranks.broadcast_object(name))
     if ranks.rank == 0:
         folder.create()

@@ -1,7 +1,9 @@
 """When a job is started again, when not, and where, seen with stand-ins for Slurm's commands."""
 
 import errno
+import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -254,6 +256,17 @@ def test_the_next_start_tells_what_has_ended_the_one_before(job: Job) -> None:
     told = begin(job.run, 3, job.environ)
     assert told == "the start before this one was ended: rank 0 on node1 does not run any more"
     assert begin(job.run, 3, job.environ) == ""  # it was another start's
+
+
+def test_the_last_start_is_told_by_the_files_not_by_the_names(job: Job) -> None:
+    begin(job.run, 3, job.environ)
+    job.verdict("unreliable", ["node3"])  # by its name the later one
+    job.verdict("lost", ["node2"])
+    folders = job.folder / "logs" / "watchdog"
+    now = time.time()
+    os.utime(folders / "start-unreliable", (now + 1, now + 1))
+    os.utime(folders / "start-lost", (now + 2, now + 2))
+    assert ended(job.run, 3, 75, job.environ)[1].endswith("goes on from step 0 without node2")
 
 
 def test_without_enough_other_nodes_the_job_keeps_its_own_and_says_so(
