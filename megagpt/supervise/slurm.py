@@ -10,9 +10,9 @@ PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 30.0, 30.0, 30.0)
 """Seconds between tries: some minutes."""
 _TRY_SECONDS = 60.0
 _REFUSED = re.compile(
-    r"invalid (array|job id|node|partition|reservation|user)|denied|disabled|not supported|not available$"
-    r"|only for batch|pending execution|already complet",
-    re.IGNORECASE | re.MULTILINE,
+    r"invalid (array|job id|node|partition|reservation|user)|denied|disabled|not supported"
+    r"|configuration is not available|only for batch|pending execution|already complet",
+    re.IGNORECASE,
 )
 """What will not be different a minute later; all other failures are tried again."""
 
