@@ -24,8 +24,9 @@ class Place:
     """Among those of this host; 0 if nobody has asked for it."""
 
 
-# Order matters: under mpirun inside a Slurm allocation SLURM_PROCID is 0 in every rank, so MPI is asked first;
-# torchrun and the deepspeed launcher set RANK themselves inside one Slurm task per node, so they come before srun.
+# Order matters: under mpirun inside a Slurm allocation SLURM_PROCID is 0 in every rank, so MPI is asked first, as RANK
+# may have been exported by hand; torchrun and the deepspeed launcher set RANK themselves inside one task per node, so
+# they come before srun, and before mpirun too if they have left their own mark.
 _LAUNCHERS = (
     ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("torchrun or deepspeed", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
@@ -36,6 +37,10 @@ _LAUNCHERS = (
 )
 _NEEDED = {"srun": "SLURM_STEP_ID", "mpirun (MPICH)": "MPI_LOCALRANKID"}
 """Without it the variables belong to something else: a batch script, or srun's PMI plugin."""
+_MARKS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
+"""Of torchrun and of DeepSpeed's launcher, in the ranks that they start on a host."""
+_INTERACTIVE_STEP = "4294967290"
+"""The shell that salloc opens on a node (LaunchParameters=use_interactive_step): a step, but of nobody's ranks."""
 
 
 LOCAL_SIZES = {
@@ -62,6 +67,12 @@ def find_place(environ: Mapping[str, str] = os.environ, with_local_rank: bool = 
         needed = _NEEDED.get(launcher, rank_key)
         if rank_key not in environ or (needed not in environ and (with_local_rank or needed != local_key)):
             continue
+        if launcher == "mpirun" and "RANK" in environ and any(mark in environ for mark in _MARKS):
+            continue
+        if launcher == "srun":
+            if environ["SLURM_STEP_ID"] == _INTERACTIVE_STEP:
+                continue
+            size_key = _key_of_tasks(environ)
         rank, world_size = number(environ, rank_key, launcher), number(environ, size_key, launcher)
         local_rank = number(environ, local_key, launcher) if with_local_rank else 0
         if not 0 <= rank < world_size:
@@ -112,15 +123,26 @@ def number(environ: Mapping[str, str], key: str, launcher: str) -> int:
         raise LaunchError(f"{key}={value!r} is not an integer; {launcher} should set it to a number") from None
 
 
+def _key_of_tasks(environ: Mapping[str, str]) -> str:
+    """The variable that counts the tasks of srun's step; SLURM_NTASKS may be that of the allocation.
+
+    In a heterogeneous job it is the other way round: SLURM_STEP_NUM_TASKS counts those of one component.
+    """
+    is_told = "SLURM_STEP_NUM_TASKS" in environ and "SLURM_HET_SIZE" not in environ
+    return "SLURM_STEP_NUM_TASKS" if is_told else "SLURM_NTASKS"
+
+
 def _refuse_exported_ranks(environ: Mapping[str, str], rank: int, world_size: int) -> None:
     """RANK exported in a batch script is the same in all tasks of srun: each would take itself for that rank."""
-    is_task_per_rank = environ.get("SLURM_NTASKS") == str(world_size) and world_size > 1
-    if "TORCHELASTIC_RUN_ID" in environ or "SLURM_STEP_ID" not in environ or not is_task_per_rank:
+    key = _key_of_tasks(environ)
+    is_task_per_rank = environ.get(key) == str(world_size) and world_size > 1
+    is_step = environ.get("SLURM_STEP_ID", _INTERACTIVE_STEP) != _INTERACTIVE_STEP
+    if "TORCHELASTIC_RUN_ID" in environ or not is_step or not is_task_per_rank:
         return
     task = environ.get("SLURM_PROCID")
     if task != str(rank):
         raise LaunchError(
             f"RANK={rank} contradicts SLURM_PROCID={task}, although srun has started one task per rank "
-            f"(SLURM_NTASKS={world_size}); do not export RANK, LOCAL_RANK and WORLD_SIZE in the batch file: they are "
+            f"({key}={world_size}); do not export RANK, LOCAL_RANK and WORLD_SIZE in the batch file: they are "
             "found out"
         )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from megagpt.launchers import find_place
 from megagpt.parallel.master import LOOPBACK, find_master
 
+OPEN_MPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -29,6 +31,8 @@ class Launch:
         environ["WORLD_SIZE"] = str(self.world_size)
         environ["MASTER_ADDR"] = self.master_addr
         environ["MASTER_PORT"] = str(self.master_port)
+        if OPEN_MPI_LOCAL_RANK in environ:  # DeepSpeed compares both; torchrun may have started the ranks inside a task
+            environ[OPEN_MPI_LOCAL_RANK] = str(self.local_rank)
 
 
 def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:

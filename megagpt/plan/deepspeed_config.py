@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megagpt.errors import ConfigError
+from megagpt.errors import ConfigError, exit_code_of
 from megagpt.plan.config import is_count
 from megagpt.plan.deepspeed_keys import OFFLOAD_KEYS, REFUSED_KEYS, SECTION_KEYS, TOP_LEVEL_KEYS
 from megagpt.plan.wording import suggestion
@@ -114,7 +114,8 @@ def load_deepspeed_config(path: str | Path) -> DeepSpeedConfig:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+        text = f"{path}: cannot be read ({error.strerror}); check the path"
+        raise ConfigError(text, exit_code=exit_code_of(error)) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
     duplicates: list[str] = []

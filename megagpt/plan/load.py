@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megagpt.errors import ConfigError
+from megagpt.errors import ConfigError, exit_code_of
 from megagpt.plan.config import ModelConfig, RunConfig, without_nulls
 from megagpt.plan.hf_config import read_hf_model
 from megagpt.plan.wording import describe_validation_error
@@ -215,7 +215,8 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+        text = f"{path}: cannot be read ({error.strerror}); check the path"
+        raise ConfigError(text, exit_code=exit_code_of(error)) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
     return parse_yaml(text, str(path))

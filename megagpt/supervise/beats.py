@@ -75,6 +75,16 @@ class Verdict(BaseModel):
     exit_code: int
 
 
+def starts(parent: Path) -> list[Path]:
+    """Folders of all starts that are kept, the one last written to last: by the clock of the file system, not by their
+    names, as hosts' clocks differ."""
+    folders = []
+    for path in sorted(parent.iterdir()) if parent.is_dir() else []:
+        with contextlib.suppress(OSError):  # removed meanwhile
+            folders += [(path.stat().st_mtime, path)] if path.is_dir() else []
+    return [path for _, path in sorted(folders)]
+
+
 class BeatFolder:
     """The files of one start of a run.
 
@@ -88,7 +98,8 @@ class BeatFolder:
     def create(self) -> None:
         """Make it, on one rank; older starts' folders are removed but for the last few."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for old in sorted(path for path in self.folder.parent.iterdir() if path.is_dir())[:-_KEPT_STARTS]:
+        others = [folder for folder in starts(self.folder.parent) if folder != self.folder]
+        for old in others[: 1 - _KEPT_STARTS]:
             shutil.rmtree(old, ignore_errors=True)
 
     def remove(self) -> None:

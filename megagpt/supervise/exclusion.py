@@ -6,13 +6,18 @@ that is left with too few nodes is not told so: Slurm holds it for ever. So they
 
 import os
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megagpt.supervise.slurm import NoAnswerError, ask
+
 _FORMAT = "%N|%t|%c|%m|%G|%b"
-_UP = re.compile(r"(idle|mix|alloc|comp|plnd)[-~#]?")
-"""Also what Slurm has switched off to save power, is starting or has planned for a job."""
+_UP = re.compile(r"(idle|mix|alloc|comp|plnd)[-+~#!%@^]?")
+"""Also what Slurm has planned for a job (-), where one job runs and another one ends (+), what is switched off to save
+power (~), is being started (#) or soon comes back from that (!, %) or from a new boot (@, ^). Not what does not respond
+(*) or is kept for maintenance ($)."""
+_PAUSES = (1.0, 2.0, 4.0)
+"""Between tries; Slurm kills a batch file half a minute after its job has been queued again."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,19 @@ def keep_off(job: str, bad: Sequence[str], num_nodes: int) -> str:
     Returns:
         Why it may still get them; empty: it does not.
     """
+    try:
+        return _keep_off(job, bad, num_nodes)
+    except NoAnswerError as error:
+        return str(error)
+
+
+def _keep_off(job: str, bad: Sequence[str], num_nodes: int) -> str:
     fields = _fields("job", job)
     obstacles = [_obstacle(fields, partition, bad, num_nodes) for partition in fields.get("Partition", "").split(",")]
     if all(obstacles):
         return obstacles[0]
     excluded = dict.fromkeys([*_hosts(fields.get("ExcNodeList", "")), *bad])
-    told = ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(excluded)}")
+    told = ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(excluded)}", pauses=_PAUSES)
     return "scontrol refuses to leave them out, as printed above" if told is None else ""
 
 
@@ -85,6 +97,9 @@ def followers(job: str, ended_well: bool) -> list[str]:
     Args:
         job: Slurm's number of one that runs.
         ended_well: how it ends, on which it depends who follows.
+
+    Raises:
+        NoAnswerError: Slurm does not answer.
     """
     told = ask("squeue", "--noheader", f"--user={os.getuid()}", "--format=%i|%E|%o") or ""
     rows = [line.strip().split("|", 2) for line in told.splitlines() if line.count("|") >= 2]
@@ -96,16 +111,8 @@ def followers(job: str, ended_well: bool) -> list[str]:
     return found[1:]
 
 
-def ask(*command: str) -> str | None:
-    """What one of Slurm's commands prints; None if it fails, as its words go to stderr by themselves."""
-    try:
-        return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def _nodes(partition: str) -> dict[str, Node]:
-    told = ask("sinfo", "--noheader", "--Node", f"--partition={partition}", f"--format={_FORMAT}") or ""
+    told = ask("sinfo", "--noheader", "--Node", f"--partition={partition}", f"--format={_FORMAT}", pauses=_PAUSES) or ""
     found = {}
     for line in told.splitlines():
         name, state, cpus, memory, gres, features = line.strip().split("|")
@@ -115,10 +122,10 @@ def _nodes(partition: str) -> dict[str, Node]:
 
 def _fields(kind: str, name: str) -> dict[str, str]:
     """What Slurm knows of a job or a reservation; without what is not set."""
-    told = ask("scontrol", "--oneliner", "show", kind, name) or ""
+    told = ask("scontrol", "--oneliner", "show", kind, name, pauses=_PAUSES) or ""
     parts = (part.partition("=") for part in told.split())
     return {key: value for key, _, value in parts if value != "(null)"}
 
 
 def _hosts(text: str) -> list[str]:
-    return (ask("scontrol", "show", "hostnames", text) or "").split() if text else []
+    return (ask("scontrol", "show", "hostnames", text, pauses=_PAUSES) or "").split() if text else []

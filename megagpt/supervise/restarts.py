@@ -5,18 +5,20 @@ outlives jobs, nodes and this process.
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megagpt.errors import TRY_AGAIN, LaunchError, MegagptError
+from megagpt.errors import TRY_AGAIN, LaunchError, MegagptError, StorageError, exit_code_of
 from megagpt.plan import RunConfig
 from megagpt.storage import Location, RemotePath, location
 from megagpt.storage.steps import step_folders, step_of
-from megagpt.supervise.beats import FOLDER, BeatFolder, Verdict
-from megagpt.supervise.exclusion import ask, followers, keep_off
+from megagpt.supervise.beats import FOLDER, BeatFolder, Verdict, starts
+from megagpt.supervise.exclusion import followers, keep_off
+from megagpt.supervise.slurm import PAUSES, NoAnswerError, ask
 
 RECORD = "restarts.jsonl"
 
@@ -32,6 +34,8 @@ class Start(BaseModel):
     """Of the newest checkpoint at that time; 0: there was none."""
     time: float
     """Seconds since the epoch."""
+    attempt: str = ""
+    """Slurm's number of the job itself, and how often Slurm has started it again."""
 
 
 def newest_step(run: RunConfig) -> int:
@@ -59,18 +63,28 @@ def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.enviro
 
     Raises:
         LaunchError: this would be one too many.
+        StorageError: it cannot be read or noted.
     """
-    if run.checkpoint.directory is None or (step := newest_step(run)) >= run.training.steps:
-        return ""
-    path = location(run.checkpoint.directory) / RECORD
-    idle = _idle_starts(path, _chain(environ), step)
-    if idle >= most_idle:
-        raise LaunchError(
-            f"{path}: the last {idle} starts of this job all began at step {step} and ended before they had saved "
-            "anything more; look at what they printed, mend it and submit again"
-        )
-    verdict = _verdict_of_last_start(run)
-    line = Start(job=_chain(environ), step=step, time=time.time()).model_dump_json() + "\n"
+    try:
+        if run.checkpoint.directory is None or (step := newest_step(run)) >= run.training.steps:
+            return ""
+        path = location(run.checkpoint.directory) / RECORD
+        idle = _idle_starts(path, _chain(environ), step)
+        if idle >= most_idle:
+            raise LaunchError(
+                f"{path}: the last {idle} starts of this job all began at step {step} and ended before they had saved "
+                "anything more; look at what they printed, mend it and submit again"
+            )
+        verdict = _verdict_of_last_start(run)
+        _note(path, step, environ)
+    except OSError as error:
+        raise _away(error) from None
+    return f"the start before this one was ended: {verdict.text}" if verdict else ""
+
+
+def _note(path: Location, step: int, environ: Mapping[str, str]) -> None:
+    start = Start(job=_chain(environ), step=step, time=time.time(), attempt=_attempt(environ))
+    line = start.model_dump_json() + "\n"
     if isinstance(path, RemotePath):  # which cannot grow, but is replaced at once; one batch file writes it
         path.write_bytes((path.read_bytes() if path.exists() else b"") + line.encode())
     else:
@@ -79,7 +93,10 @@ def begin(run: RunConfig, most_idle: int, environ: Mapping[str, str] = os.enviro
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-    return f"the start before this one was ended: {verdict.text}" if verdict else ""
+
+
+def _away(error: OSError) -> StorageError:
+    return StorageError(f"{error}; see that the disk of the checkpoints and the way to it are up", exit_code_of(error))
 
 
 def end(
@@ -104,7 +121,7 @@ def end(
         Exit status for the batch file: not 0 if the run is not finished and nothing goes on by itself, for jobs that
         depend on it.
     """
-    step = newest_step(run)
+    step = _newest_step_at_last(run)
     if run.checkpoint.directory is None:
         return status
     if status == 0 and step >= run.training.steps:
@@ -113,28 +130,80 @@ def end(
     if status == MegagptError.exit_code:
         say("not started again: the error is one to be mended")
         return status
-    job, unfinished = environ.get("SLURM_JOB_ID"), status or TRY_AGAIN
-    if job is None or (ask("squeue", "--noheader", "--jobs", job, "--format=%T") or "").strip() != "RUNNING":
-        say("not started again: the job was cancelled, or is none of Slurm's")
+    unfinished = status or TRY_AGAIN
+    try:
+        goes_on = _has_follower(run, most_idle, step, may_requeue, status == 0, environ, say)
+    except NoAnswerError as error:
+        say(f"{error}; unless it queues the job again, submit it again: it goes on from step {step:,}")
         return unfinished
+    if not goes_on:
+        return unfinished
+    return 0 if may_requeue else status
+
+
+def _has_follower(
+    run: RunConfig,
+    most_idle: int,
+    step: int,
+    may_requeue: bool,
+    ended_well: bool,
+    environ: Mapping[str, str],
+    say: Callable[[str], None],
+) -> bool:
+    """Queue the job again, or find the next one of its chain; whether there is one that goes on from this step."""
+    job = environ.get("SLURM_JOB_ID")
+    if job is None or _state(job) != "RUNNING":
+        say("not started again: the job was cancelled, or is none of Slurm's")
+        return False
     num_nodes = int(environ.get("SLURM_NNODES", "1"))
     bad = _bad_hosts(run, num_nodes)
     if not may_requeue:
-        if links := followers(job, ended_well=status == 0):
+        if links := followers(job, ended_well):
             say(f"job {links[0]} goes on from step {step:,}{_without(bad, links, num_nodes)}")
-            return status
+            return True
         say(f"the run has come to step {step:,} of {run.training.steps:,}; submit it again, and it goes on from there")
-        return unfinished
-    idle = _idle_starts(location(run.checkpoint.directory) / RECORD, _chain(environ), step)
+        return False
+    idle = _idle_starts_with_this_one(run, step, environ)
     if idle >= most_idle:
         say(f"not started again: {idle} starts in a row have not got beyond step {step:,}")
-        return unfinished
-    # Slurm waits for this process to end, and only from now on lets the nodes be changed.
-    if ask("scontrol", "requeue", job) is None:
+        return False
+    # Slurm waits for this process to end, and only from now on lets the nodes be changed. It refuses a second time what
+    # it has done the first time without being able to tell.
+    if ask("scontrol", "requeue", job) is None and _state(job) == "RUNNING":
         say(f"Slurm does not queue job {job} again, as printed above; submit it again: it goes on from step {step:,}")
-        return unfinished
+        return False
     say(f"job {job} is queued again and goes on from step {step:,}{_without(bad, [job], num_nodes)}")
-    return 0
+    return True
+
+
+def _idle_starts_with_this_one(run: RunConfig, step: int, environ: Mapping[str, str]) -> int:
+    """As `_idle_starts`. The start is noted now if its beginning could not do so: one that never can is no loop."""
+    assert run.checkpoint.directory is not None, "the caller has a checkpoint directory"
+    path = location(run.checkpoint.directory) / RECORD
+    try:
+        if not any(start.attempt == _attempt(environ) for start in _starts(path)):
+            _note(path, step, environ)
+        return _idle_starts(path, _chain(environ), step)
+    except OSError as error:
+        raise _away(error) from None
+
+
+def _state(job: str) -> str:
+    """In Slurm's words; empty if it knows no such job, or there is no Slurm."""
+    return (ask("squeue", "--noheader", "--jobs", job, "--format=%T") or "").strip()
+
+
+def _newest_step_at_last(run: RunConfig) -> int:
+    """As `newest_step`; a storage that is away for a moment, which may be why the ranks have ended, is waited for."""
+    for pause in PAUSES:
+        try:
+            return newest_step(run)
+        except (MegagptError, OSError) as error:
+            if exit_code_of(error) != TRY_AGAIN:
+                raise
+            print(f"{error}; looking again in {pause:.0f} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
+    return newest_step(run)
 
 
 def _without(bad: list[str], jobs: list[str], num_nodes: int) -> str:
@@ -147,6 +216,10 @@ def _without(bad: list[str], jobs: list[str], num_nodes: int) -> str:
 
 def _chain(environ: Mapping[str, str]) -> str:
     return environ.get("MEGAGPT_CHAIN") or environ.get("SLURM_JOB_ID") or "none"
+
+
+def _attempt(environ: Mapping[str, str]) -> str:
+    return f"{environ.get('SLURM_JOB_ID', 'none')}-{environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def _idle_starts(path: Location, chain: str, step: int) -> int:
@@ -185,10 +258,10 @@ def _verdict_of_last_start(run: RunConfig) -> Verdict | None:
     if parent is None:
         return None
     assert run.checkpoint.directory is not None, "the caller has a checkpoint directory"
-    folders = sorted(Path(parent).glob(f"{FOLDER}/*/"))
+    folders = starts(Path(parent) / FOLDER)
     verdict = BeatFolder(folders[-1]).verdict() if folders else None
-    starts = _starts(location(run.checkpoint.directory) / RECORD)
-    is_old = verdict is None or not starts or folders[-1].stat().st_mtime < starts[-1].time
+    noted = _starts(location(run.checkpoint.directory) / RECORD)
+    is_old = verdict is None or not noted or folders[-1].stat().st_mtime < noted[-1].time
     return None if is_old else verdict
 
 

@@ -79,7 +79,7 @@ class Watchdog:
         self._say, self._leave = say, leave
         self._host, self._pid = host_name(), os.getpid()
         self._pid_started, self._pid_space = process_start(self._pid), pid_space()
-        self._number, self._last_beat, self._where = 0, 0.0, ""
+        self._number, self._last_beat, self._where, self._has_stack = 0, 0.0, "", False
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> its last number, and when it was new
         self._neighbours: list[Beat] = []  # as they were when they were met
         self._stopped: dict[int, float] = {}  # ranks of this host found stopped, and since when
@@ -105,6 +105,8 @@ class Watchdog:
         self._thread.join(timeout=2 * LOOK_SECONDS)
         faulthandler.cancel_dump_traceback_later()
         self._locked_stack.close()
+        if error is not None and not is_agreed and not self._has_stack:
+            self._keep_traceback(error)
         if is_agreed:
             try:
                 self._beat()
@@ -164,8 +166,9 @@ class Watchdog:
         # If Python itself hangs, with its lock held, the stack is still written, by a thread that needs no lock.
         faulthandler.dump_traceback_later(max(self.limits.silent, 20.0), file=self._locked_stack, exit=False)
         verdict = self.folder.verdict() or self._lost_neighbour()
-        if verdict is None and self.folder.stacks_are_wanted and not self._where:
+        if verdict is None and self.folder.stacks_are_wanted and not self._has_stack:
             self._write_stack()
+            self._beat()
         if now - self._last_beat >= self._beat_seconds:
             self._beat()
             if verdict is None and self._is_first():
@@ -207,16 +210,27 @@ class Watchdog:
 
     def _write_stack(self) -> None:
         frames = sys._current_frames()
-        lines = [f"rank {self.place.rank} on {self._host}, process {self._pid}\n"]
+        lines = [self._head]
         for number in sorted(frames, key=lambda number: number != self._main):
             lines.append("\nmain thread\n" if number == self._main else f"\nthread {number}\n")
             lines += traceback.format_stack(frames[number])
         self.folder.stack_path(self.place.rank).write_text("".join(lines))
+        self._has_stack = True
         if self._main in frames:
             calls = traceback.extract_stack(frames[self._main])
             innermost = next(call for call in reversed(calls) if Path(call.filename).name not in _WAITING_FILES)
             self._where = f"{Path(innermost.filename).name}:{innermost.lineno} in {innermost.name}"
-        self._beat()
+
+    def _keep_traceback(self, error: BaseException) -> None:
+        """Of a rank that has left by itself, as another one was lost, before its stack was wanted."""
+        with contextlib.suppress(OSError):
+            if (verdict := self.folder.verdict()) is not None and verdict.kind == "lost":
+                lines = [self._head, "\nmain thread, by the error that it met\n", *traceback.format_exception(error)]
+                self.folder.stack_path(self.place.rank).write_text("".join(lines))
+
+    @property
+    def _head(self) -> str:
+        return f"rank {self.place.rank} on {self._host}, process {self._pid}\n"
 
     # ---------------------------------------------------------------- judging
 
@@ -264,6 +278,7 @@ class Watchdog:
             return None
         self.folder.want_stacks()
         self._write_stack()
+        self._beat()
         time.sleep(self.limits.grace)
         seen = self._all_ranks()
         if seen is None or not all(rank.beat.is_stuck or rank.condition != "alive" for rank in seen):
@@ -323,7 +338,13 @@ class Watchdog:
     # ---------------------------------------------------------------- the end
 
     def _end(self, verdict: Verdict) -> None:
-        """Let the main thread end by itself; if it cannot, end it, and kill the frozen ranks of this host."""
+        """Let the main thread end by itself; if it cannot, end it, and kill the frozen ranks of this host.
+
+        Where ranks are lost nobody has asked for stacks: waiting for them would only make the end later.
+        """
+        if verdict.kind == "lost" and not self._has_stack:
+            with contextlib.suppress(OSError):
+                self._write_stack()
         if verdict.kind != "stuck" and self._over.wait(self.limits.grace):
             return
         for beat in self._neighbours:

@@ -46,8 +46,15 @@ def damage_the_newest_checkpoint(drill: Drill) -> None:
 
 
 def kill_and_damage(drill: Drill) -> None:
-    """Kill a rank, and turn a bit of the newest checkpoint, not the only one, before the next start reads it."""
-    while len(list(drill.run.checkpoints.glob("step-*"))) < 2:
+    """Kill a rank, and turn a bit of the newest checkpoint, not the only one, before the next start reads it. The run has
+    come further than at the last time, or it would be given up."""
+
+    def has_come_further() -> bool:
+        there = sorted(path.name for path in drill.run.checkpoints.glob("step-*"))
+        damaged = [path.name.removeprefix("damaged-") for path in drill.run.checkpoints.glob("damaged-step-*")]
+        return len(there) > 1 and there[-1] > max(damaged, default="")
+
+    while not has_come_further():
         drill.wait_for_step(drill.run.step() + 1)
     signal_a_rank(drill, "KILL")
     while drill.cluster.state(drill.job) == "RUNNING":

@@ -15,6 +15,12 @@ SRUN = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"
 MPICH = {"PMI_RANK": "6", "MPI_LOCALRANKID": "2", "PMI_SIZE": "8", "MPI_LOCALNRANKS": "4"}
 MVAPICH = {"MV2_COMM_WORLD_RANK": "5", "MV2_COMM_WORLD_LOCAL_RANK": "1", "MV2_COMM_WORLD_SIZE": "8"}
 MASTER = {"MASTER_ADDR": "node1"}
+ELASTIC = {**TORCHRUN, "TORCHELASTIC_RUN_ID": "1"}
+DEEPSPEED = {**TORCHRUN, "CROSS_RANK": "1", "CROSS_SIZE": "2", "LOCAL_SIZE": "2"}
+# one task per node, which starts another launcher; rank 1 of mpirun's two
+MPIRUN_PER_NODE = {**MPIRUN, "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
+# the shell of `salloc --ntasks=8` on the first node, where Slurm is configured so
+SALLOC = {**BATCH, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +40,14 @@ MASTER = {"MASTER_ADDR": "node1"}
         ({**MPICH, **MASTER, "MASTER_PORT": "99"}, ("mpirun (MPICH)", 6, 2, 8, "node1", 99)),
         ({**MPICH, **SRUN, **MASTER}, ("mpirun (MPICH)", 6, 2, 8, "node1", 25678)),
         ({"PMI_RANK": "5", "PMI_SIZE": "8", **SRUN, **MASTER}, ("srun", 5, 1, 8, "node1", 25678)),
+        # torchrun and deepspeed as one task of mpirun per node; RANK exported by hand, which is the same in all ranks
+        ({**MPIRUN_PER_NODE, **ELASTIC}, ("torchrun", 3, 1, 4, "node1", 1234)),
+        ({**MPIRUN_PER_NODE, **DEEPSPEED}, ("deepspeed", 3, 1, 4, "node1", 1234)),
+        ({**MPIRUN, **TORCHRUN, "RANK": "0"}, ("mpirun", 2, 0, 4, "node1", 1234)),
+        # a step of some of an allocation's tasks; one of a job of two components, which have 8 tasks together
+        ({**SRUN, **MASTER, "SLURM_STEP_NUM_TASKS": "6"}, ("srun", 5, 1, 6, "node1", 25678)),
+        ({**SRUN, **MASTER, "SLURM_STEP_NUM_TASKS": "4", "SLURM_HET_SIZE": "2"}, ("srun", 5, 1, 8, "node1", 25678)),
+        ({**SALLOC, **DEEPSPEED, "WORLD_SIZE": "8"}, ("deepspeed", 3, 1, 8, "node1", 1234)),
         # one rank needs nobody to meet
         ({**MPIRUN, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, ("mpirun", 0, 0, 1, "127.0.0.1", 29500)),
     ],
@@ -50,7 +64,8 @@ MASTER = {"MASTER_ADDR": "node1"}
             "MPICH",
             "MPICH in Slurm",
         ),
-        *("srun with PMI", "one rank"),
+        *("srun with PMI", "torchrun in mpirun", "deepspeed in mpirun", "mpirun with RANK", "a smaller step"),
+        *("components", "deepspeed in salloc", "one rank"),
     ],
 )
 def test_each_launcher(environ, expected):
@@ -59,7 +74,9 @@ def test_each_launcher(environ, expected):
     assert (*place, launch.master_addr, launch.master_port) == expected
 
 
-@pytest.mark.parametrize("environ", [{}, BATCH], ids=["a shell", "a batch script without srun"])
+@pytest.mark.parametrize(
+    "environ", [{}, BATCH, SALLOC], ids=["a shell", "a batch script without srun", "salloc's shell"]
+)
 def test_a_single_process(environ):
     launch = detect_launch(environ)
     assert (launch.launcher, launch.rank, launch.world_size) == ("single process", 0, 1)
@@ -118,6 +135,12 @@ def test_what_torch_reads_is_set():
         "MASTER_PORT": "99",
     }
     assert detect_launch(environ).rank == 5
+
+
+def test_what_deepspeed_compares_is_equal():
+    environ = {**MPIRUN_PER_NODE, **ELASTIC}
+    detect_launch(environ).export(environ)
+    assert environ["OMPI_COMM_WORLD_LOCAL_RANK"] == environ["LOCAL_RANK"] == "1"
 
 
 def test_free_ports_can_be_listened_on():

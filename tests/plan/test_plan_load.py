@@ -1,9 +1,12 @@
 """Run configs: files, overrides, presets, defaults, and errors in the user's words."""
 
+import errno
+from pathlib import Path
+
 import pytest
 
 from megagpt.errors import ConfigError
-from megagpt.plan import load_preset, load_run_config, run_config_from_dict
+from megagpt.plan import load_deepspeed_config, load_preset, load_run_config, run_config_from_dict
 
 SMALL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100, "max_position_embeddings": 32}
 
@@ -218,3 +221,14 @@ def test_llama3_scaling_has_published_defaults():
     assert model.rotary_scaling == run_config_from_dict(
         {"model": {"preset": "llama3.1-8b"}, "training": {"steps": 1}}
     ).model.rotary_scaling  # fmt: skip
+
+
+def test_a_file_system_that_is_away_may_come_back(monkeypatch):
+    def read_text(self, **_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    for load in (load_run_config, load_deepspeed_config):
+        with pytest.raises(ConfigError, match="Stale file handle") as caught:
+            load("there.yaml")
+        assert caught.value.exit_code == 75

@@ -11,93 +11,26 @@ import sys
 from pathlib import Path
 
 import pytest
-from repository_copy import ROOT, lay_out
+from batch_files import (
+    ALLOCATION,
+    ARGUMENTS,
+    BATCH_FILES,
+    CONVERT,
+    DEEPSPEED,
+    EVALUATE,
+    PREPROCESS,
+    PRETRAIN,
+    calls,
+    srun_environment,
+    submit,
+    words,
+)
+from repository_copy import ROOT
 
 from megagpt.data.tokenizer import train_sentencepiece
 from megagpt.train import parse_arguments
 
 SOURCED = sorted((ROOT / "slurm").glob("*.sh"))
-BATCH_FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
-PRETRAIN, DEEPSPEED, PREPROCESS, CONVERT, EVALUATE = (
-    ROOT / "slurm" / f"{n}.sbatch" for n in ("pretrain", "pretrain_deepspeed", "preprocess", "convert", "evaluate")
-)
-RUN = {
-    "model": {
-        "num_layers": 2,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "vocab_size": 100,
-        "max_position_embeddings": 16,
-    },
-    "parallel": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
-    "training": {"steps": 3},
-}
-# Stand-ins write down how they were called; srun goes on to the command after its own options if SRUN_RUNS is set.
-STUBS = {
-    "python": f'PYTHONPATH={ROOT} exec {sys.executable} "$@"',  # the code beside these tests, wherever it is installed
-    "scontrol": """
-        echo "scontrol $*" >>calls
-        # Slurm has a job that it queues again end: here the batch file, whose python has called this.
-        if [[ $1 == requeue ]]; then kill "$(cut -d ' ' -f 4 "/proc/$PPID/stat")"; exit; fi
-        seq -f "node%g" "${NUM_HOSTS:-2}" """,
-    "squeue": "if [[ $* == *--jobs* ]]; then echo RUNNING; fi",
-    "srun": """
-        if [[ $1 == --help ]]; then echo "${SRUN_HELP:-}"; exit; fi
-        echo srun >>calls
-        printf '%s\\0' "$@" >srun_arguments
-        env -0 >srun_environment
-        while [[ ${1:-} == --* ]]; do shift; done
-        if [[ -n ${SRUN_RUNS:-} ]]; then exec "$@"; fi
-        exit "${SRUN_EXITS:-0}" """,
-    "deepspeed": """
-        printf '%s\\0' "$@" >deepspeed_arguments
-        cp "$HOSTFILE" hostfile_seen
-        grep SigIgn /proc/$$/status >ignored_signals""",
-}
-ALLOCATION = {
-    "SLURM_JOB_ID": "123456",
-    "SLURM_JOB_NODELIST": "node[1-2]",
-    "SLURM_NNODES": "2",
-    "SLURM_GPUS_ON_NODE": "2",
-    "SLURM_NTASKS_PER_NODE": "2",
-    "SLURM_CPUS_PER_TASK": "6",
-}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A repository's folder as the batch files see it."""
-    return lay_out(tmp_path, RUN, {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1}, STUBS)
-
-
-ARGUMENTS = {
-    PRETRAIN: ("run.yaml", "ds.json"),
-    DEEPSPEED: ("run.yaml", "ds.json"),
-    PREPROCESS: ("tok.model", "out", "a.jsonl"),
-    CONVERT: ("checkpoints", "hf"),
-    EVALUATE: ("checkpoints", "found.json"),
-}
-
-
-def submit(folder: Path, batch_file: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a batch file as Slurm would; a variable that is empty is not set."""
-    environ = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", **ALLOCATION, **variables}
-    environ = {key: value for key, value in environ.items() if value}
-    command = ["bash", str(batch_file), *arguments]
-    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=60, check=False)
-
-
-def calls(folder: Path) -> list[str]:
-    path = folder / "calls"
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def words(path: Path) -> list[str]:
-    return path.read_text().split("\0")[:-1]
-
-
-def srun_environment(folder: Path) -> dict[str, str]:
-    return dict(entry.split("=", 1) for entry in words(folder / "srun_environment"))
 
 
 @pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)
@@ -192,46 +125,6 @@ def test_the_job_fails_as_its_ranks_do(folder: Path, path: Path) -> None:
     assert submit(folder, path, *ARGUMENTS[path], SRUN_EXITS="7").returncode == 7
 
 
-UNFINISHED = ("run.yaml", "ds.json", "checkpoint.directory=runs", "training.steps=9")
-
-
-@pytest.mark.parametrize("path", [PRETRAIN, DEEPSPEED], ids=lambda path: path.stem)
-def test_an_unfinished_run_is_queued_again_for_which_the_batch_file_outlives_a_signal(folder: Path, path: Path) -> None:
-    result = submit(folder, path, *UNFINISHED)
-    assert result.returncode == 0, result.stderr
-    assert "job 123456 is queued again and goes on from step 0\n" in result.stdout
-    assert calls(folder)[-1] == "scontrol requeue 123456"
-
-
-@pytest.mark.parametrize("path", [PRETRAIN, DEEPSPEED], ids=lambda path: path.stem)
-@pytest.mark.parametrize(("ranks", "status"), [("0", 75), ("7", 7)])
-def test_an_unfinished_run_ends_in_an_error_if_it_is_not_queued_again(
-    folder: Path, path: Path, ranks: str, status: int
-) -> None:
-    result = submit(folder, path, *UNFINISHED, SRUN_EXITS=ranks, REQUEUE="no")
-    assert result.returncode == status, result.stderr
-    assert "the run has come to step 0 of 9; submit it again, and it goes on from there\n" in result.stdout
-    assert calls(folder)[-1] == "srun"
-
-
-@pytest.mark.parametrize("path", [PRETRAIN, DEEPSPEED], ids=lambda path: path.stem)
-def test_a_finished_run_may_be_started_as_often_as_one_asks(folder: Path, path: Path) -> None:
-    (folder / "checkpoints" / "step-00000003" / "manifest.sha256").touch()
-    for _ in range(2):
-        result = submit(folder, path, "run.yaml", "ds.json", "checkpoint.directory=checkpoints", MAX_IDLE_STARTS="1")
-        assert result.returncode == 0, result.stderr
-        assert "the run is finished at step 3\n" in result.stdout
-        assert "srun" in calls(folder), "its ranks see whether the last checkpoint is whole"
-
-
-def test_what_would_not_help_is_not_started_again(folder: Path) -> None:
-    result = submit(folder, PRETRAIN, *UNFINISHED, SRUN_EXITS="2")
-    assert (result.returncode, "not started again: the error is one to be mended\n" in result.stdout) == (2, True)
-    result = submit(folder, PRETRAIN, *UNFINISHED, MAX_IDLE_STARTS="1")
-    assert (result.returncode, calls(folder)[-1]) == (2, "srun")
-    assert "the last 1 starts of this job all began at step 0" in result.stderr
-
-
 @pytest.mark.parametrize("path", BATCH_FILES, ids=lambda path: path.stem)
 def test_a_wrong_call_explains_itself(folder: Path, path: Path) -> None:
     missing = submit(folder, path, "only_one")
@@ -251,6 +144,8 @@ def test_a_virtual_environment_is_activated(folder: Path) -> None:
 
 
 def test_deepspeed_launcher_on_each_node(folder: Path) -> None:
+    temporary = folder / "temporary"
+    temporary.mkdir()
     result = submit(
         folder,
         DEEPSPEED,
@@ -260,6 +155,7 @@ def test_deepspeed_launcher_on_each_node(folder: Path) -> None:
         SRUN_RUNS="1",
         SLURM_NODEID="1",
         SLURM_NTASKS_PER_NODE="1",
+        TMPDIR=str(temporary),
     )
     assert result.returncode == 0, result.stderr
     assert words(folder / "srun_arguments")[:4] == [
@@ -269,15 +165,15 @@ def test_deepspeed_launcher_on_each_node(folder: Path) -> None:
         "--kill-on-bad-exit=1",
     ]
     arguments = words(folder / "deepspeed_arguments")
-    hostfile = folder / "hostfile.123456"
     module = arguments.index("megagpt.train")
     assert arguments[:module] == [
-        *("--hostfile", str(hostfile), "--no_ssh", "--node_rank", "1"),
+        *("--hostfile", "/proc/self/fd/9", "--no_ssh", "--node_rank", "1"),
         *("--master_addr", "node1", "--master_port", "23456", "--module"),
     ]
     assert parse_arguments(arguments[module + 1 :]).overrides == ["training.steps=9"]
     assert (folder / "hostfile_seen").read_text() == "node1 slots=2\nnode2 slots=2\n"
-    assert not hostfile.exists()
+    assert not list(temporary.iterdir())
+    assert [path.name for path in folder.glob("hostfile*")] == ["hostfile_seen"]
     assert srun_environment(folder)["OMP_NUM_THREADS"] == "3"  # 6 CPUs for 2 ranks
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from megagpt.supervise import exclusion
 from megagpt.supervise.exclusion import followers, keep_off
+from megagpt.supervise.slurm import NoAnswerError
 
 GPU = "8|64000|gpu:a100:4(S:0-1)"
 
@@ -16,10 +17,12 @@ class Slurm:
         # NumNodes of a job that has just been queued again, and has left one of its two nodes
         self.job = {"Partition": "main", "ExcNodeList": "(null)", "Features": "(null)", "NumNodes": "1"}
         self.updates: list[str] = []
-        self.refuses = False
+        self.refuses = self.is_away = False
         self.queue = ""
 
-    def ask(self, *command: str) -> str | None:
+    def ask(self, *command: str, pauses: object = None) -> str | None:
+        if self.is_away:
+            raise NoAnswerError("Slurm does not answer")
         if command[0] == "sinfo":
             is_ours = "--partition=main" in command
             return "".join(f"{name}|{rest}\n" for name, rest in self.nodes.items() if is_ours)
@@ -52,8 +55,27 @@ def test_nodes_are_left_out_besides_those_that_already_are(slurm: Slurm) -> None
 @pytest.mark.parametrize(
     ("state", "is_enough"),
     [
-        *[(state, True) for state in ("idle", "mix", "alloc", "comp", "idle~", "alloc-", "plnd")],
-        *[(state, False) for state in ("down*", "drain", "comp*", "alloc*", "resv", "maint", "idle$")],
+        *[
+            (state, True)
+            for state in (
+                "idle",
+                "mix",
+                "alloc",
+                "comp",
+                "idle~",
+                "alloc-",
+                "alloc+",
+                "mix#",
+                "idle%",
+                "idle!",
+                "mix@",
+                "plnd",
+            )
+        ],
+        *[
+            (state, False)
+            for state in ("down*", "drain", "comp*", "alloc*", "resv", "maint", "idle$", "drng+", "boot^")
+        ],
     ],
 )
 def test_only_nodes_that_are_up_count(slurm: Slurm, state: str, is_enough: bool) -> None:
@@ -110,6 +132,11 @@ def test_a_node_that_slurm_calls_otherwise_or_that_is_asked_for_stays(slurm: Slu
 def test_what_slurm_refuses_is_told(slurm: Slurm) -> None:
     slurm.refuses = True
     assert keep_off("7", ["node2"], 2) == "scontrol refuses to leave them out, as printed above"
+
+
+def test_a_controller_that_is_away_is_no_obstacle_to_the_rest(slurm: Slurm) -> None:
+    slurm.is_away = True
+    assert keep_off("7", ["node2"], 2) == "Slurm does not answer"
 
 
 def test_the_rest_of_a_chain_is_told_from_what_else_waits_for_it(slurm: Slurm) -> None:

@@ -1,13 +1,17 @@
 """When a job is started again, when not, and where, seen with stand-ins for Slurm's commands."""
 
+import errno
+import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
 
-from megagpt.errors import LaunchError
+from megagpt.errors import LaunchError, StorageError
 from megagpt.plan import run_config_from_dict
 from megagpt.storage import location
+from megagpt.supervise import restarts, slurm
 from megagpt.supervise.beats import BeatFolder, Verdict
 from megagpt.supervise.restarts import begin, end, newest_step
 from megagpt.supervise.watchdog import Limits, Place, Watchdog
@@ -20,12 +24,23 @@ MODEL = {
     "max_position_embeddings": 8,
 }
 NODES = "".join(f"node{number}|idle|8|64000|gpu:4|(null)\\n" for number in (1, 2, 3))
+AWAY = """
+        # As many times as the file `away` has lines, the controller does not answer.
+        if [[ $1 != update && -s away ]]; then
+          sed -i 1d away; echo "slurm error: Unable to contact slurm controller (connect failure)" >&2; exit 1
+        fi
+        """
 STAND_INS = {
-    "squeue": 'if [[ $* == *--user* ]]; then printf "%b" "${QUEUE:-}"; else echo "${JOB_STATE:-RUNNING}"; fi',
+    "squeue": AWAY
+    + """
+        if [[ $* == *--user* ]]; then printf "%b" "${QUEUE:-}"; exit; fi
+        cat state 2>/dev/null || echo "${JOB_STATE:-RUNNING}" """,
     "sinfo": 'printf "%b" "$NODES"',
-    "scontrol": """
+    "scontrol": AWAY
+    + """
         if [[ $1 == update ]]; then echo "$@" >>updated; exit; fi
-        if [[ $1 == requeue ]]; then echo "$@" >>requeued; exit "${REFUSES:-0}"; fi
+        if [[ $1 == requeue && -n ${REFUSES:-} ]]; then echo "$REFUSES" >&2; exit 1; fi
+        if [[ $1 == requeue ]]; then echo "$@" >>requeued; exit; fi
         if [[ $* == *hostnames* ]]; then echo "${@: -1}" | tr , '\\n'; exit; fi
         echo "JobId=77 JobName=mega Partition=main ReqNodeList=(null) ExcNodeList=(null) NumNodes=2" \\
           "Features=(null) Command=/repo/slurm/pretrain.sbatch run.yaml ds.json data.split=[90, 10, 0]" """,
@@ -76,6 +91,8 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.setenv("NODES", NODES)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(slurm, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(restarts, "PAUSES", (0.0, 0.0))
     return Job(tmp_path)
 
 
@@ -103,11 +120,70 @@ def test_jobs_that_depend_on_it_do_not_take_an_unfinished_run_for_finished(
     words = "the run has come to step 4 of 10; submit it again, and it goes on from there"
     assert ended(job.run, 3, status, job.environ, may_requeue=False) == (expected, words)
     assert job.said("requeued") == []
-    monkeypatch.setenv("REFUSES", "1")
+    monkeypatch.setenv("REFUSES", "Requested operation is presently disabled for job 77")
     words = "Slurm does not queue job 77 again, as printed above; submit it again: it goes on from step 4"
     assert ended(job.run, 3, status, job.environ) == (expected, words)
     monkeypatch.setenv("JOB_STATE", "COMPLETING")
     assert ended(job.run, 3, status, job.environ)[0] == expected
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_controller_that_is_away_for_a_moment_is_asked_again(job: Job, times: int) -> None:
+    begin(job.run, 3, job.environ)
+    job.folder.joinpath("away").write_text("\n" * times)
+    assert ended(job.run, 3, 75, job.environ) == (0, "job 77 is queued again and goes on from step 0")
+    assert job.said("requeued") == ["requeue 77"]
+    assert job.said("away") == []
+
+
+def test_a_controller_that_stays_away_is_not_taken_for_one_that_has_cancelled_the_job(job: Job, capfd) -> None:
+    begin(job.run, 3, job.environ)
+    job.folder.joinpath("away").write_text("\n" * 100)
+    assert ended(job.run, 3, 0, job.environ) == (
+        75,
+        "Slurm does not answer `squeue --noheader ...`, as printed above; unless it queues the job again, submit it "
+        "again: it goes on from step 0",
+    )
+    assert capfd.readouterr().err.count("Unable to contact slurm controller") == 4
+
+
+def test_a_requeue_whose_answer_was_lost_has_taken_place(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(job.run, 3, job.environ)
+    path = job.folder / "bin" / "scontrol"
+    lost = "if [[ $1 == requeue ]]; then echo PENDING >state; fi\n"
+    path.write_text(path.read_text().replace("#!/bin/bash\n", f"#!/bin/bash\n{lost}"))
+    monkeypatch.setenv("REFUSES", "Job is pending execution for job 77")
+    assert ended(job.run, 3, 75, job.environ) == (0, "job 77 is queued again and goes on from step 0")
+
+
+def test_a_store_that_is_away_at_the_end_is_looked_at_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(job.run, 3, job.environ)
+    errors = [StorageError("away", 75), OSError(errno.ESTALE, "stale")]
+
+    def newest(run) -> int:
+        if errors:
+            raise errors.pop()
+        return 4
+
+    monkeypatch.setattr(restarts, "newest_step", newest)
+    assert ended(job.run, 3, 75, job.environ) == (0, "job 77 is queued again and goes on from step 4")
+    errors[:] = [StorageError("refused")]
+    with pytest.raises(StorageError, match="refused"):
+        ended(job.run, 3, 75, job.environ)
+
+
+def test_starts_that_cannot_be_noted_are_bounded_too(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "no disk")
+
+    for count, expected in enumerate((0, 0, 75)):
+        environ = {**job.environ, "SLURM_RESTART_COUNT": str(count)}
+        with monkeypatch.context() as patch:
+            patch.setattr(restarts, "_note", refuse)
+            with pytest.raises(StorageError, match="no disk") as caught:
+                begin(job.run, 3, environ)
+        assert caught.value.exit_code == 75
+        assert ended(job.run, 3, 75, environ)[0] == expected
 
 
 def test_a_chain_goes_on_without_the_node_that_failed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +256,17 @@ def test_the_next_start_tells_what_has_ended_the_one_before(job: Job) -> None:
     told = begin(job.run, 3, job.environ)
     assert told == "the start before this one was ended: rank 0 on node1 does not run any more"
     assert begin(job.run, 3, job.environ) == ""  # it was another start's
+
+
+def test_the_last_start_is_told_by_the_files_not_by_the_names(job: Job) -> None:
+    begin(job.run, 3, job.environ)
+    job.verdict("unreliable", ["node3"])  # by its name the later one
+    job.verdict("lost", ["node2"])
+    folders = job.folder / "logs" / "watchdog"
+    now = time.time()
+    os.utime(folders / "start-unreliable", (now + 1, now + 1))
+    os.utime(folders / "start-lost", (now + 2, now + 2))
+    assert ended(job.run, 3, 75, job.environ)[1].endswith("goes on from step 0 without node2")
 
 
 def test_without_enough_other_nodes_the_job_keeps_its_own_and_says_so(

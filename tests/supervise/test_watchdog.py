@@ -67,6 +67,12 @@ def report_of(plan, fault: str, seconds: float, everywhere: bool = False) -> tup
     return (folder / "report.txt").read_text(), str(failure.value)
 
 
+def stacks_in(folder: Path) -> dict[int, str]:
+    """Stack by rank."""
+    paths = (folder / "logs" / "watchdog").glob("*/stack-*.txt")
+    return {int(path.stem.partition("-")[2]): path.read_text() for path in paths}
+
+
 def test_a_killed_rank_ends_the_job_in_seconds(dataset, tmp_path) -> None:
     report, errors = report_of(plan_in(tmp_path, dataset, hang_seconds=600.0), "killed", 25)
     assert report.startswith("rank 1 on ")
@@ -74,6 +80,9 @@ def test_a_killed_rank_ends_the_job_in_seconds(dataset, tmp_path) -> None:
     assert re.search(r"last seen in .* \(stage 0, step [12]", report)
     assert "rank 1: killed or timed out" in errors
     assert "Error: rank" not in errors, "the other ranks leave it at that"
+    stacks = stacks_in(tmp_path)
+    assert sorted(stacks) == [0, 2, 3]
+    assert all("in train" in stack for stack in stacks.values())
 
 
 def test_a_frozen_rank_is_named_with_its_state(dataset, tmp_path) -> None:
@@ -81,6 +90,9 @@ def test_a_frozen_rank_is_named_with_its_state(dataset, tmp_path) -> None:
     assert report.startswith("rank 1 on ")
     assert "does not run any more: its process" in report
     assert re.search(r"is stopped by a signal \(SIGSTOP\); it was last seen in .* \(stage 0, step [12]", report)
+    stacks = stacks_in(tmp_path)
+    assert sorted(stacks) == [0, 2, 3]
+    assert all("main thread" in stack and "in train" in stack for stack in stacks.values())
 
 
 def test_a_stuck_rank_is_found_through_who_waits_for_it(dataset, tmp_path) -> None:
@@ -88,11 +100,10 @@ def test_a_stuck_rank_is_found_through_who_waits_for_it(dataset, tmp_path) -> No
     assert report.startswith("no rank has made progress for ")
     assert "whose rank 1 on " in report
     assert "has stopped in the data loader at prefetch.py:" in report
-    (folder,) = (tmp_path / "logs" / "watchdog").iterdir()
-    stacks = {path.name: path.read_text() for path in folder.glob("stack-*.txt")}
-    assert sorted(stacks) == [f"stack-{rank:05d}.txt" for rank in range(4)]
-    assert "time.sleep(60)" in stacks["stack-00001.txt"]
-    assert "train_step" in stacks["stack-00003.txt"]
+    stacks = stacks_in(tmp_path)
+    assert sorted(stacks) == [0, 1, 2, 3]
+    assert "time.sleep(60)" in stacks[1]
+    assert "train_step" in stacks[3]
 
 
 def test_a_stuck_leader_is_told_from_those_that_wait_for_its_samples(dataset, tmp_path) -> None:
