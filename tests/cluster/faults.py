@@ -46,8 +46,10 @@ def damage_the_newest_checkpoint(drill: Drill) -> None:
 
 
 def kill_and_damage(drill: Drill) -> None:
-    """Kill a rank, and turn a bit of the newest checkpoint, not the only one, before the next start reads it. The run has
-    come further than at the last time, or it would be given up."""
+    """Kill a rank, and turn a bit of the newest checkpoint, not the only one, before the next start reads it.
+
+    The run has come further than at the last time, or it would be given up.
+    """
 
     def has_come_further() -> bool:
         there = sorted(path.name for path in drill.run.checkpoints.glob("step-*"))
