@@ -36,7 +36,7 @@ def meet(launch: Launch, seconds: float = MEETING_SECONDS) -> dist.TCPStore | No
         LaunchError: on the first rank: some have not come.
         RankError: on others: the first rank tells.
     """
-    if launch.world_size == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if launch.world_size == 1 or torchrun_serves():
         return None
     store = dist.TCPStore(
         launch.master_addr,
@@ -62,6 +62,11 @@ def meet(launch: Launch, seconds: float = MEETING_SECONDS) -> dist.TCPStore | No
     if store.get(_OUTCOME).decode() == _MISSING:
         raise RankError("", TRY_AGAIN)
     return store
+
+
+def torchrun_serves() -> bool:
+    """Whether torchrun itself has a store at the port where ranks meet, so that no rank can open one there."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _missing(store: dist.TCPStore, launch: Launch, seconds: float) -> str:

@@ -1,9 +1,11 @@
 """Ranks around a table: some do not come, some fall silent."""
 
+import os
 import time
 from dataclasses import replace
 
 import pytest
+import torch.distributed as dist
 from ranks import run_ranks
 
 from megagpt.errors import LaunchError
@@ -72,3 +74,40 @@ def test_a_lost_first_rank_is_told_of_at_once() -> None:
     _, (seconds, said) = run_ranks(lose_the_first_rank, 2)
     assert seconds < 30
     assert said.startswith("rank 1 hears nothing more of rank 0 at ")
+
+
+def meet_twice_at_a_store_that_stays() -> list[dict]:
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    launch = detect_launch()
+    is_first = launch.rank == 0
+    agent = dist.TCPStore(launch.master_addr, launch.master_port, None, is_first, wait_for_workers=False)
+    agent.set("missing/all", "[1]")  # of some other user
+    said = []
+    for use in range(2):
+        if not is_first:
+            time.sleep(2 * use)  # what it said before is there already
+        meeting = Meeting(launch)
+        said.append(meeting.gather("value", 10 * use + launch.rank, 60))
+        meeting.part()
+    return said
+
+
+def test_meetings_at_the_store_of_torchrun_do_not_hear_what_was_said_before() -> None:
+    for said in run_ranks(meet_twice_at_a_store_that_stays, 2):
+        assert said == [{0: 0, 1: 1}, {0: 10, 1: 11}]
+
+
+def wait_for_the_first_rank_at_a_store_that_is_there() -> str:
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    launch = replace(detect_launch(), rank=1, world_size=2)
+    agent = dist.TCPStore(launch.master_addr, launch.master_port, None, True, wait_for_workers=False)
+    with pytest.raises(LaunchError) as raised:
+        Meeting(launch, 2.0)
+    del agent
+    return str(raised.value)
+
+
+def test_a_first_rank_that_does_not_come_to_the_store_of_torchrun_is_told_of() -> None:
+    (said,) = run_ranks(wait_for_the_first_rank_at_a_store_that_is_there, 1)
+    assert said.startswith("rank 1 cannot reach 127.0.0.1:")
+    assert said.endswith("and that rank 0 was started")
