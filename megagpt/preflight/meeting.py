@@ -32,7 +32,7 @@ class Meeting:
         LaunchError: the store cannot be reached, or some ranks have not come in time.
     """
 
-    def __init__(self, launch: Launch, seconds: float = 60.0):
+    def __init__(self, launch: Launch, seconds: float):
         self.launch = launch
         self.where = f"{launch.master_addr}:{launch.master_port}"
         self.lost: dict[int, str] = {}

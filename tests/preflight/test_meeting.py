@@ -18,11 +18,9 @@ pytestmark = pytest.mark.usefixtures("libraries")
 
 def meet_in_a_larger_job(world_size: int) -> tuple[float, list[str]]:
     """Seconds that an examination takes, and its findings, where most ranks are missing."""
-    started = Meeting.__init__
-    Meeting.__init__ = lambda self, launch: started(self, launch, 4.0)  # type: ignore[method-assign]
     launch = replace(detect_launch(), world_size=world_size, local_rank=0)
     begun = time.monotonic()
-    findings = examine(None, launch)  # type: ignore[arg-type]
+    findings = examine(None, launch, 4.0)  # type: ignore[arg-type]
     return time.monotonic() - begun, [finding.text for finding in findings]
 
 
@@ -35,7 +33,7 @@ def test_all_missing_ranks_are_waited_for_together_and_one_rank_tells() -> None:
 
 
 def gather_with_one_that_is_busy() -> tuple[dict, dict, dict] | str:
-    meeting = Meeting(detect_launch())
+    meeting = Meeting(detect_launch(), 60.0)
     rank = meeting.launch.rank
     before = meeting.gather("value", 10 * rank, 60)
     meeting.note("its disk")
@@ -59,7 +57,7 @@ def test_a_rank_that_falls_silent_is_named_with_what_it_is_at() -> None:
 
 
 def lose_the_first_rank() -> tuple[float, str]:
-    meeting = Meeting(detect_launch())
+    meeting = Meeting(detect_launch(), 60.0)
     meeting.gather("value", 1, 60)
     if meeting.launch.rank == 0:
         time.sleep(3)
@@ -86,7 +84,7 @@ def meet_twice_at_a_store_that_stays() -> list[dict]:
     for use in range(2):
         if not is_first:
             time.sleep(2 * use)  # what it said before is there already
-        meeting = Meeting(launch)
+        meeting = Meeting(launch, 60.0)
         said.append(meeting.gather("value", 10 * use + launch.rank, 60))
         meeting.part()
     return said
