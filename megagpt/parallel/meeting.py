@@ -40,6 +40,11 @@ class _Problem:
     """Others have not come, and nobody waits for them any more."""
 
 
+def torchrun_serves() -> bool:
+    """Whether torchrun's agent serves the master's port, where a rank would open it otherwise."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def meet(launch: Launch, problem: MegagptError | None = None, seconds: float = MEETING_SECONDS) -> dist.TCPStore | None:
     """Wait for all ranks, and for what they say.
 
@@ -88,8 +93,8 @@ class _Meeting:
 
     def __init__(self, launch: Launch, seconds: float):
         self._launch, self._seconds = launch, seconds
-        # torchrun's agents serve the port, and still do so when they start the ranks again.
-        self._is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        # torchrun's agents still serve the port when they start the ranks again.
+        self._is_served = torchrun_serves()
         self._prefix = f"megagpt/meeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self.store = dist.TCPStore(
             launch.master_addr,

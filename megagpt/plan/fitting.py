@@ -43,6 +43,21 @@ def nearest_that_fits(plan: Plan, limit: int) -> str:
     )
 
 
+def less_on_the_host(plan: Plan) -> str:
+    """Words for the ways to need less of a host's memory, beside GPUs or for what is not at work.
+
+    Args:
+        plan: what takes too much.
+    """
+    host = max(estimate.host for estimate in plan.memory_per_stage)
+    ways = ["take more hosts, or fewer ranks on each"]
+    if host:
+        ways.append(f"switch off offload (zero_optimization, {host / GIB:.2f} GiB per rank)")
+    if copied := plan.save_copy_bytes:
+        ways.append(f"save without a copy (checkpoint.asynchronous=false, {copied / GIB:.2f} GiB per rank)")
+    return "; or ".join(ways)
+
+
 def _changes(plan: Plan) -> Iterator[Change]:
     run, deepspeed = plan.run, plan.deepspeed
     recomputing = run.model_copy(update={"training": run.training.model_copy(update={"recompute_granularity": "full"})})

@@ -140,6 +140,14 @@ class Plan:
         """Size of one checkpoint: fp32 weights and the optimizer's moments."""
         return self.num_parameters * 4 * (3 if self.run.optimizer.name == "adamw" else 1)
 
+    @property
+    def save_copy_bytes(self) -> int:
+        """Host memory on a rank for the copy that is written while training goes on; ranks hold about equal parts."""
+        config = self.run.checkpoint
+        if config.directory is None or not config.asynchronous or self.deepspeed.optimizer_is_on_disk:
+            return 0
+        return -(-self.checkpoint_bytes // self.world_size)
+
     def transformer_layers_of_stage(self, stage: int) -> range:
         """Transformer layers of one pipeline stage, counted from 0 over the whole model."""
         return transformer_layers_of_stage(self.stage_bounds, stage)

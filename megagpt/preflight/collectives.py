@@ -57,7 +57,7 @@ def check_collectives(meeting: Meeting, hosts: Sequence[str]) -> list[Finding]:
         meeting: of all ranks.
         hosts: of each rank.
     """
-    with Worker(_Sums(meeting.launch).answer) as worker:
+    with Worker(_Sums(meeting.launch, meeting.prefix).answer) as worker:
         ready = meeting.gather("ready", _prepared(worker), READY_SECONDS + 10)
         problems = [f"rank {rank} on {hosts[rank]}: {text}" for rank, (_, text) in ready.items() if text]
         backends = {rank: backend for rank, (backend, text) in ready.items() if not text}
@@ -171,10 +171,11 @@ class _Sums:
 
     Args:
         launch: this rank's place.
+        prefix: of names in the store at which the ranks meet.
     """
 
-    def __init__(self, launch: Launch):
-        self._launch = launch
+    def __init__(self, launch: Launch, prefix: str):
+        self._launch, self._prefix = launch, prefix
         self._store: Any = None
         self._backend, self._device = "gloo", torch.device("cpu")
 
@@ -192,7 +193,8 @@ class _Sums:
                 self._backend, self._device = "nccl", torch.device("cuda", index)
                 torch.cuda.set_device(index)
             torch.zeros(1, device=self._device)
-            self._store = dist.TCPStore(launch.master_addr, launch.master_port, None, is_master=False)
+            store = dist.TCPStore(launch.master_addr, launch.master_port, None, is_master=False)
+            self._store = dist.PrefixStore(self._prefix, store)
         except (LaunchError, RuntimeError, dist.DistError) as error:
             return self._backend, str(error).strip().splitlines()[0]
         return self._backend, ""

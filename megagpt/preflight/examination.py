@@ -24,7 +24,7 @@ _LEADERS_SECONDS = 3600.0
 """For all that only the first ranks of hosts do."""
 
 
-def examine(plan: Plan, launch: Launch) -> list[Finding]:
+def examine(plan: Plan, launch: Launch, patience: float) -> list[Finding]:
     """Examine this host, or all hosts of the job; all ranks take part, and rank 0 gets the findings.
 
     On a host that does not find rank 0, or hears no more of it, the first rank gets that; all other ranks get none.
@@ -32,12 +32,13 @@ def examine(plan: Plan, launch: Launch) -> list[Finding]:
     Args:
         plan: of the run.
         launch: this process's place.
+        patience: seconds that all ranks have to come.
     """
     if launch.world_size == 1:
         found, libraries = _examine_host(plan, None, True, lambda doing: None)
         return [*found, *_check_alike({"this host": libraries}, "")]
     try:
-        meeting = Meeting(launch)
+        meeting = Meeting(launch, patience)
         findings = _examine_together(plan, meeting)
         meeting.part()
     except LaunchError as error:

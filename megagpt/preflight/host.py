@@ -9,7 +9,6 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
 import torch
 
 from megagpt import __version__
@@ -18,6 +17,7 @@ from megagpt.errors import MegagptError, StorageError
 from megagpt.parallel.open_files import most_files, needed_files
 from megagpt.plan import Plan
 from megagpt.preflight.findings import Finding, failed, ok, warning
+from megagpt.preflight.memory import check_memory
 from megagpt.preflight.room import room_for
 from megagpt.storage import RemotePath, location
 from megagpt.storage.steps import step_folders
@@ -26,8 +26,6 @@ GIB = 1 << 30
 _LIBRARIES = ("torch", "deepspeed", "megatron-core", "numpy", "safetensors", "sentencepiece")
 _FEWEST_FILES = 1024
 _LEAST_SHARED_MEMORY = 1 * GIB
-MEMORY_SHARE = 0.9
-"""Of a device's memory that the estimate may take: buckets and the framework come on top."""
 
 
 def versions() -> dict[str, str]:
@@ -87,40 +85,6 @@ def check_devices(world_size: int, ranks_on_host: int | None) -> Finding:
     if ranks_on_host is None and count < world_size:
         text += f"; {world_size} ranks need {-(-world_size // count)} such hosts"
     return ok(name, text)
-
-
-def check_memory(plan: Plan, ranks_on_host: int | None) -> Finding:
-    """The Plan's estimate per rank against what is free."""
-    need, advice = plan.memory.total, "smaller micro-batches, recomputation or more ranks: see tools/plan.py"
-    text = f"{need / GIB:.2f} GiB estimated per rank, "
-    if torch.cuda.is_available():
-        try:
-            index, (free, total) = _fullest_gpu()
-        except RuntimeError as error:
-            return failed("memory", str(error).splitlines()[0], "reset the GPU or take the node out of service")
-        text += f"{free / GIB:.2f} of {total / GIB:.2f} GiB are free on GPU {index}"
-        if free < need <= total:
-            advice = "nvidia-smi names the process that has the rest: end it"
-    else:
-        available, ranks = psutil.virtual_memory().available, ranks_on_host or plan.world_size
-        free = available // ranks
-        if ranks_on_host is None and need > free and need <= available:
-            return warning("memory", f"{text}{available / GIB:.2f} GiB are free: {available // need} of {ranks} ranks "
-                           "fit on this host", "start the run on several hosts")  # fmt: skip
-        text += f"{free / GIB:.2f} GiB of free memory per rank"
-        if ranks_on_host is None and ranks > 1:
-            text += f" if all {ranks} run on this host"
-    if need > free:
-        return failed("memory", text, advice)
-    if need > MEMORY_SHARE * free:
-        return warning("memory", text, "this may just not fit: buckets and the framework come on top")
-    return ok("memory", text)
-
-
-def _fullest_gpu() -> tuple[int, tuple[int, int]]:
-    """The GPU with the least free memory; its free bytes, and all that it has."""
-    found = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
-    return min(enumerate(found), key=lambda entry: entry[1][0])
 
 
 def check_shared_memory(path: str = "/dev/shm") -> Finding:

@@ -11,14 +11,16 @@ import torch.distributed as dist
 
 from megagpt.errors import LaunchError
 from megagpt.parallel.launch import Launch
+from megagpt.parallel.meeting import torchrun_serves
 
 _UNREACHABLE = (dist.DistError, RuntimeError)
+_PREFIX = "megagpt/doctor"
 _MARGIN = 30.0
 """How much longer ranks wait for what rank 0 makes known than rank 0 waits for them."""
 
 
 class Meeting:
-    """All ranks around one key-value store on rank 0's host; values are JSON.
+    """All ranks around one key-value store on rank 0's host, which torchrun serves or else rank 0; values are JSON.
 
     Rank 0 alone collects what ranks say and makes it known to all as one value: N ranks take some 3N requests.
 
@@ -30,7 +32,7 @@ class Meeting:
         LaunchError: the store cannot be reached, or some ranks have not come in time.
     """
 
-    def __init__(self, launch: Launch, seconds: float = 60.0):
+    def __init__(self, launch: Launch, seconds: float):
         self.launch = launch
         self.where = f"{launch.master_addr}:{launch.master_port}"
         self.lost: dict[int, str] = {}
@@ -38,22 +40,27 @@ class Meeting:
         self._gathered: Counter[str] = Counter()
         started = time.monotonic()
         try:
-            self.store = dist.TCPStore(
+            store = dist.TCPStore(
                 launch.master_addr,
                 launch.master_port,
                 None,
-                is_master=launch.rank == 0,
+                is_master=launch.rank == 0 and not torchrun_serves(),
                 timeout=timedelta(seconds=seconds),
                 wait_for_workers=False,
             )
+            self.prefix = _own_prefix(store, launch.rank)
+            """Of all names in the store."""
+            self.store = dist.PrefixStore(self.prefix, store)
             self.store.set(f"here/{launch.rank}", "")
+            left = max(seconds - (time.monotonic() - started), 1.0)
+            self.store.wait(["here/0"], timedelta(seconds=left))  # torchrun's store is there before rank 0 is
         except _UNREACHABLE as error:
             raise LaunchError(
                 f"rank {launch.rank} cannot reach {self.where} ({_reason(error)}); check that this is rank 0's host, "
                 "that no firewall closes the port (MASTER_PORT chooses another), and that rank 0 was started"
             ) from None
-        left = max(seconds - (time.monotonic() - started), 1.0) if launch.rank == 0 else seconds
-        missing = self._make_known("missing", left, lambda: self._absent("here", range(launch.world_size), left))
+        patience = left if launch.rank == 0 else seconds
+        missing = self._make_known("missing", patience, lambda: self._absent("here", range(launch.world_size), left))
         if missing:
             self.lost = dict.fromkeys(missing, "start")
             self.part()
@@ -158,6 +165,12 @@ class Meeting:
 
 class MissingRanksError(LaunchError):
     """Some ranks have not come; all that have come know it."""
+
+
+def _own_prefix(store: dist.TCPStore, rank: int) -> str:
+    """Of names that nothing else has in this store: torchrun's outlives the ranks, and serves several uses in turn."""
+    use = store.add(f"{_PREFIX}/uses/{rank}", 1)
+    return f"{_PREFIX}/{use}"
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from megagpt.parallel.ranks import Ranks
 from megagpt.plan import Plan, describe
-from megagpt.plan.fitting import GIB, nearest_that_fits
+from megagpt.plan.fitting import GIB, less_on_the_host, nearest_that_fits
 
 Memory = Literal["gpu", "host"]
 _OUT_OF_GPU_MEMORY = re.compile(
@@ -64,20 +64,9 @@ def advice(memory: Memory, plan: Plan, ranks: Ranks) -> str:
 
 def _change(memory: Memory, plan: Plan, ranks: Ranks) -> str:
     if memory == "host" and ranks.device.type == "cuda":
-        return _less_on_the_host(plan)
+        return less_on_the_host(plan)
     # It was too much, whatever had been estimated: what is advised must be well below.
     return nearest_that_fits(plan, min(int(0.85 * _capacity(memory, ranks)), int(0.8 * plan.memory.total)))
-
-
-def _less_on_the_host(plan: Plan) -> str:
-    host = max(estimate.host for estimate in plan.memory_per_stage)
-    ways = ["take more hosts, or fewer ranks on each"]
-    if host:
-        ways.append(f"switch off offload (zero_optimization, {host / GIB:.2f} GiB per rank)")
-    if plan.run.checkpoint.asynchronous and plan.run.checkpoint.directory:
-        copied = plan.checkpoint_bytes / plan.world_size
-        ways.append(f"save without a copy (checkpoint.asynchronous=false, {copied / GIB:.2f} GiB per rank)")
-    return "; or ".join(ways)
 
 
 def _capacity(memory: Memory, ranks: Ranks) -> int:

@@ -14,6 +14,8 @@ from drilling import ENDED
 from small_runs import OPTIONS, Run, output_option
 
 NODE = "node2"
+PATIENCE = 60
+"""Seconds that the doctor gives ranks to come."""
 
 
 def _on(cluster: Cluster, *command: str, host: str = NODE) -> str:
@@ -190,7 +192,7 @@ AILMENTS = {
         _open("node1"),
         "meeting",
         "failed",
-        "of 4 ranks 2 have not come to node1:2[0-9]+ within 60 s: 2, 3; see what their hosts print",
+        f"of 4 ranks 2 have not come to node1:2[0-9]+ within {PATIENCE} s: 2, 3; see what their hosts print",
         variables="MASTER_PORT=23456",
         group=None,
     ),
@@ -205,7 +207,8 @@ def examine(cluster: Cluster, run: Run, ailments: tuple[Ailment, ...] = ()) -> t
     overrides = [word.format(disk=cluster.disk) for ailment in ailments for word in ailment.overrides]
     path = f"PYTHONPATH={cluster.root}/tests/cluster/planted:{cluster.root}"
     variables = ",".join(["ALL", path, *(ailment.variables for ailment in ailments if ailment.variables)])
-    command = f"srun {sys.executable} tools/doctor.py {' '.join(run.arguments)} --json {found} {' '.join(overrides)}"
+    arguments = [*run.arguments, f"--json {found}", f"--patience {PATIENCE}", *overrides]
+    command = f"srun {sys.executable} tools/doctor.py {' '.join(arguments)}"
     words = (output_option(cluster), *OPTIONS, "--ntasks-per-node=2", f"--export={variables}", f"--wrap={command}")
     with contextlib.ExitStack() as planted:
         planted.callback(cluster.wait_until_idle)

@@ -22,7 +22,7 @@ def checked(hosts: list[str], fault: str = "") -> list[tuple[str, str]]:
     if "hangs" in fault:
         collectives.PAIR_SECONDS = collectives.ALL_SECONDS = 12.0
     plant(fault, int(os.environ["RANK"]))
-    meeting = Meeting(detect_launch())
+    meeting = Meeting(detect_launch(), 60.0)
     findings = check_collectives(meeting, hosts)
     meeting.part()
     return [(finding.status, finding.text) for finding in findings]

@@ -2,45 +2,13 @@
 
 import errno
 import os
-from dataclasses import dataclass
 
 import pytest
-import torch
+from gpus import Gpus
 from tiny import ADAM, tiny_plan
 
 from megagpt.preflight import host, room
-from megagpt.preflight.host import GIB, check_devices, check_disk, check_limits, check_memory
-
-
-@dataclass
-class Gpus:
-    """Stand-in for GPUs with 80 GiB each."""
-
-    free: list[float]
-
-    def plant(self, monkeypatch) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(self.free))
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU-80G")
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (int(self.free[index] * GIB), 80 * GIB))
-        ones = torch.ones
-        monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))
-
-
-@dataclass
-class Needy:
-    """Stand-in for a plan that takes so much memory."""
-
-    gib: float
-    world_size: int = 64
-
-    @property
-    def memory(self) -> "Needy":
-        return self
-
-    @property
-    def total(self) -> int:
-        return int(self.gib * GIB)
+from megagpt.preflight.host import check_devices, check_disk, check_limits
 
 
 def test_one_host_is_not_asked_to_have_all_ranks(monkeypatch) -> None:
@@ -49,30 +17,6 @@ def test_one_host_is_not_asked_to_have_all_ranks(monkeypatch) -> None:
     assert (finding.status, finding.text) == ("OK", "8 x GPU-80G, each computes; 64 ranks need 8 such hosts")
     assert check_devices(64, 8).status == "OK"
     assert check_devices(64, 16).text == "8 GPUs for 16 ranks"
-    assert check_memory(Needy(40), None).status == "OK"
-
-
-def test_memory_that_another_process_has_is_seen_on_each_gpu(monkeypatch) -> None:
-    Gpus([79.0, 79.0, 10.5, 79.0]).plant(monkeypatch)
-    finding = check_memory(Needy(40), 4)
-    assert finding.status == "failed"
-    assert finding.text == "40.00 GiB estimated per rank, 10.50 of 80.00 GiB are free on GPU 2"
-    assert finding.advice == "nvidia-smi names the process that has the rest: end it"
-    assert "tools/plan.py" in check_memory(Needy(100), 4).advice
-    Gpus([79.0] * 4).plant(monkeypatch)
-    assert check_memory(Needy(40), 4).status == "OK"
-    assert check_memory(Needy(75), 4).status == "warning"
-
-
-def test_memory_of_a_host_without_gpus(monkeypatch) -> None:
-    monkeypatch.setattr(host.psutil, "virtual_memory", lambda: type("memory", (), {"available": 100 * GIB}))
-    assert check_memory(Needy(10), 8).status == "OK"
-    assert check_memory(Needy(10), 16).status == "failed"
-    finding = check_memory(Needy(10), None)
-    assert finding.status == "warning"
-    assert finding.text == "10.00 GiB estimated per rank, 100.00 GiB are free: 10 of 64 ranks fit on this host"
-    assert check_memory(Needy(101), None).status == "failed"
-    assert check_memory(Needy(1), None).text.endswith("1.56 GiB of free memory per rank if all 64 run on this host")
 
 
 def plan_in(folder):
