@@ -15,14 +15,14 @@ def sizes_while_building(plan) -> tuple[list[int], int]:
     from megagpt.parallel.launch import detect_launch
     from megagpt.parallel.ranks import start_ranks
 
-    original, built, whole = engine._finish_cut, [], []
+    original, built, whole = engine.finish_cut, [], []
 
     def finish(prefix, layer, *args):
         built.append(layer)
         whole.append(sum(parameter.numel() for one in built for parameter in one.parameters()))
         original(prefix, layer, *args)
 
-    with mock.patch.object(engine, "_finish_cut", finish):
+    with mock.patch.object(engine, "finish_cut", finish):
         made = build_engine(plan, start_ranks(plan, detect_launch()))
     return whole, sum(parameter.ds_numel for parameter in made.parameters.values())
 

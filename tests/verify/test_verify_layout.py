@@ -38,18 +38,18 @@ def other_weight_on_one_tensor_rank(ranks):
 
 
 def changed_start(here: bool, name: str):
-    from megagpt.engine import engine
+    from megagpt.engine import weights
 
-    original = engine.initialize_weights
+    original = weights.initialize_weights
 
-    def initialize(named, *args):
+    def initialize(named, *args, **options):
         named = list(named)
-        original(named, *args)
+        original(named, *args, **options)
         for parameter_name, parameter in named:
             if here and parameter_name == name:
                 parameter.data.add_(0.01)
 
-    return mock.patch.object(engine, "initialize_weights", initialize)
+    return mock.patch.object(weights, "initialize_weights", initialize)
 
 
 def no_tensor_parallel_marks(ranks):
