@@ -23,8 +23,8 @@ from rehearsal import Rehearsal
 
 DOCUMENT = """# Faults, and what comes of them
 
-Written by `python tests/cluster/drill.py --write tests/cluster/DRILLS.md --times 5`; do not edit. With the names of some
-drills it replaces their rows only.
+Written by `python tests/cluster/drill.py --write tests/cluster/DRILLS.md --times 5`; do not edit. With the names of
+some drills it replaces their rows only.
 
 On a cluster of namespaces (real Slurm, two nodes, or three where one is free), `slurm/pretrain.sbatch` trains a tiny
 model with TP 2 x PP 2 (PP 2 x DP 2 for the flipped bit) and meets a fault in mid-course. It has passed if the run ends
