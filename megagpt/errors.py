@@ -116,7 +116,7 @@ class LaunchError(MegagptError):
 
 
 class MissingRanksError(LaunchError):
-    """Some ranks have not come to where the ranks of a job meet.
+    """Some ranks have not come to where the ranks of a job meet, or have come without a GPU that the others have.
 
     Args:
         text: what to say.

@@ -37,7 +37,7 @@ class _Problem:
     text: str
     exit_code: int
     is_absence: bool = False
-    """Others have not come, and nobody waits for them any more."""
+    """Others have not come, or cannot take part: nobody waits for them any more."""
 
 
 def torchrun_serves() -> bool:
@@ -106,7 +106,7 @@ class _Meeting:
             multi_tenant=True,  # the process groups open it again
         )
         self.present: list[str] = []
-        """Hosts of the ranks that have come, once that is asked for."""
+        """Hosts of the ranks that have come and can take part, once that is asked for."""
 
     def _key(self, name: str | int) -> str:
         return f"{self._prefix}/{name}"
@@ -131,11 +131,13 @@ class _Meeting:
             return
         by_kind = {has_gpu: host for host, has_gpu in reversed(told)}
         if len(by_kind) > 1:
+            self.present = list(dict.fromkeys(host for host, has_gpu in told if has_gpu))
             self._end(
                 f"the ranks of {by_kind[False]} see no GPU, but those of {by_kind[True]} do; see that the driver of "
                 f"{by_kind[False]} works and fits torch (nvidia-smi, tools/doctor.py), or hide the GPUs from all ranks "
                 "(CUDA_VISIBLE_DEVICES=)",
                 TRY_AGAIN,
+                is_absence=True,
             )
             return
         self.store.compare_set(self._key("outcome"), "", _ALL_IS_WELL)
