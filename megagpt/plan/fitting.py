@@ -43,13 +43,18 @@ def nearest_that_fits(plan: Plan, limit: int) -> str:
     )
 
 
+def offloaded(plan: Plan) -> int:
+    """Bytes of host memory that ZeRO's offload takes on a rank of the stage that has most of them."""
+    return max(estimate.host for estimate in plan.memory_per_stage)
+
+
 def less_on_the_host(plan: Plan) -> str:
     """Words for the ways to need less of a host's memory, beside GPUs or for what is not at work.
 
     Args:
         plan: what takes too much.
     """
-    host = max(estimate.host for estimate in plan.memory_per_stage)
+    host = offloaded(plan)
     ways = ["take more hosts, or fewer ranks on each"]
     if host:
         ways.append(f"switch off offload (zero_optimization, {host / GIB:.2f} GiB per rank)")

@@ -6,7 +6,7 @@ import psutil
 import torch
 
 from megagpt.plan import Plan
-from megagpt.plan.fitting import GIB, less_on_the_host
+from megagpt.plan.fitting import GIB, less_on_the_host, offloaded
 from megagpt.preflight.cgroup import tightest_room
 from megagpt.preflight.findings import Finding, failed, ok, warning, worst
 
@@ -40,11 +40,6 @@ def check_memory(plan: Plan, ranks_on_host: int | None) -> Finding:
     text = "; ".join(finding.text for finding in found)
     advice = "; ".join(finding.advice for finding in found if finding.advice)
     return Finding(check="memory", status=worst(found), text=text, advice=advice)
-
-
-def offloaded(plan: Plan) -> int:
-    """Bytes of host memory that ZeRO's offload takes on a rank of the stage that has most of them."""
-    return max(estimate.host for estimate in plan.memory_per_stage)
 
 
 def _check_gpus(plan: Plan) -> Finding:

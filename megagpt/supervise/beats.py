@@ -20,6 +20,8 @@ REPORT = "report.txt"
 _VERDICT = "verdict.json"
 _STACKS_WANTED = "stacks-wanted"
 _KEPT_STARTS = 4
+SECONDS_BETWEEN_BEATS = 5.0
+"""At most."""
 
 
 def name_of_start() -> str:

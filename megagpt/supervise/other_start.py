@@ -6,13 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megagpt.supervise.beats import Beat, BeatFolder, pid_space, process_state
+from megagpt.supervise.beats import SECONDS_BETWEEN_BEATS, Beat, BeatFolder, pid_space, process_state, starts
 from megagpt.supervise.pulse import Phase
 
 RANKS_LOOKED_AT = 16
 """Of each start; what one rank does not tell, another one does."""
-SECONDS_BETWEEN_BEATS = 5.0
-"""At most."""
 
 
 def living_start(parent: Path, sleep: Callable[[float], None] = time.sleep) -> Beat | None:
@@ -68,10 +66,9 @@ def _last_beats(parent: Path) -> Iterator[tuple[BeatFolder, Beat]]:
     try:
         with tempfile.NamedTemporaryFile(dir=parent, prefix=".now-") as file:
             now = os.stat(file.name).st_mtime  # by the clock that stamps the beats
-            starts = sorted(path for path in parent.iterdir() if path.is_dir())
     except FileNotFoundError:  # there was none, or it has just ended
         return
-    for path in starts:
+    for path in starts(parent):
         folder = BeatFolder(path)
         if folder.verdict() is not None:
             continue

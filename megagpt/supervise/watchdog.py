@@ -22,7 +22,15 @@ from types import TracebackType
 from megagpt.errors import TRY_AGAIN, MegagptError, RankError
 from megagpt.launchers import host_name
 from megagpt.plan.config import PATIENCE_WITH_SLOW_PHASES
-from megagpt.supervise.beats import Beat, BeatFolder, Verdict, pid_space, process_start, process_state
+from megagpt.supervise.beats import (
+    SECONDS_BETWEEN_BEATS,
+    Beat,
+    BeatFolder,
+    Verdict,
+    pid_space,
+    process_start,
+    process_state,
+)
 from megagpt.supervise.pulse import SLOW_PHASES, Phase, Pulse
 from megagpt.supervise.verdict import Condition, Seen, describe_lost, explain
 
@@ -86,7 +94,7 @@ class Watchdog:
         self._main = threading.main_thread().ident
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._beat_seconds = min(5.0, max(limits.silent / 6, 0.1))
+        self._beat_seconds = min(SECONDS_BETWEEN_BEATS, max(limits.silent / 6, 0.1))
 
     def __enter__(self) -> "Watchdog":
         self._locked_stack = self.folder.stack_path(self.place.rank).with_suffix(".locked").open("wb", buffering=0)
