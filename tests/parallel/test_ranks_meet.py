@@ -35,7 +35,12 @@ def come(host: str, absent: int | None = None, troubled: tuple[int, ...] = (), w
         store = meet(launch, problem, seconds=60.0 if absent is None else 8.0)
     except MegagptError as error:
         return type(error).__name__, str(error), error.exit_code
-    return "", "all have come" if store is not None else "alone", 0
+    if store is None:
+        return "", "alone", 0
+    store.set(f"heard by {launch.rank}", "")
+    if launch.rank == 0:  # the store goes with this process, where in a run the process groups keep it
+        store.wait([f"heard by {rank}" for rank in range(launch.world_size)])
+    return "", "all have come", 0
 
 
 def test_ranks_that_all_come_go_on():
