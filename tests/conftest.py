@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("GPUS_OF_THIS_HOST", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))  # for tests/verify
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks are forked, and meet over gloo, on hosts with GPUs too
 
 import pytest
 

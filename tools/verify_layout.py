@@ -1,4 +1,4 @@
-"""Prove that a layout trains the model that one process would train, on CPU processes of this machine."""
+"""Prove that a layout trains the model that one process would train, on processes of this machine."""
 
 import argparse
 import json
@@ -21,6 +21,9 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=20, help="updates to compare (default: 20)")
     parser.add_argument("--max-ranks", type=int, default=8, help="processes to start at most (default: 8)")
+    parser.add_argument(
+        "--gpus", action="store_true", help="compute on this machine's GPUs, which ranks share if they are fewer"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the verdicts to FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the run config")
     args = parser.parse_intermixed_args()
@@ -30,7 +33,7 @@ def main() -> int:
     quiet_libraries(verbose=False)
     from megagpt.verify.layout import verify_layout
 
-    report = verify_layout(plan, args.steps, args.max_ranks)
+    report = verify_layout(plan, args.steps, args.max_ranks, args.gpus)
     print(report.text())
     if args.json is not None:
         args.json.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")

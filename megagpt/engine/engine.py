@@ -26,7 +26,7 @@ from megagpt.engine.pipeline import PlannedPipeline, pipeline_module
 from megagpt.engine.swap_folder import SwapFolder, prepare_swap_folder
 from megagpt.engine.weights import finish, finish_cut, named_parameters
 from megagpt.errors import ConfigError
-from megagpt.model import GPT, choose_flash_attention, set_auxiliary_loss_scale
+from megagpt.model import GPT, choose_flash_attention, fuse, set_auxiliary_loss_scale
 from megagpt.optim import build_optimizer
 from megagpt.parallel.ranks import Ranks, set_group_timeout
 from megagpt.plan import Plan
@@ -297,7 +297,11 @@ def build_engine(
             f"{plan.deepspeed.source}: zero_optimization.zero_quantized_weights and zero_quantized_gradients need CUDA "
             "kernels, but this host has no CUDA device; remove them here (the rest of ZeRO runs the same without)"
         )
-    remark = choose_flash_attention(plan, ranks.device, ranks.gather_objects)
+    remarks = [
+        choose_flash_attention(plan, ranks.device, ranks.gather_objects),
+        fuse(plan, ranks.device, ranks.gather_objects),
+    ]
+    remark = "; ".join(filter(None, remarks)) or None
     swap_folder = prepare_swap_folder(plan, ranks) if plan.deepspeed.optimizer_is_on_disk else None
     try:
         module, optimizer, wrapped = _build(plan, ranks, swap_folder, draws_weights)

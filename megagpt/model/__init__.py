@@ -3,6 +3,7 @@
 from megagpt.model.documents import Documents
 from megagpt.model.experts import expert_parameters, set_auxiliary_loss_scale, take_router_counts
 from megagpt.model.flash_attention import choose_flash_attention
+from megagpt.model.fusion import fuse
 from megagpt.model.gpt import GPT, PipelineLayer, pipeline_layers
 from megagpt.model.initialize import initialize_weights
 from megagpt.model.layers import Head, TiedHead
@@ -20,6 +21,7 @@ __all__ = [
     "canonical_name",
     "choose_flash_attention",
     "expert_parameters",
+    "fuse",
     "initialize_weights",
     "is_partial_over_tensor_ranks",
     "partition_of",

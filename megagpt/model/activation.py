@@ -4,7 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megagpt.model.fusion import Fusable
 
 
 class GatedActivation(nn.Module):
@@ -15,32 +19,56 @@ class GatedActivation(nn.Module):
     f, 40 % of what a Llama layer keeps.
 
     Args:
-        activation: of the gate, elementwise.
+        name: of the activation, elementwise: a key of `GATES`.
     """
 
-    def __init__(self, activation: Callable[[Tensor], Tensor]):
+    def __init__(self, name: str):
         super().__init__()
-        self.activation = activation
+        self.name = name
 
     def forward(self, projected: Tensor) -> Tensor:
         """[..., 2 F] (gate, then up) -> [..., F]."""
-        return _Gate.apply(projected, self.activation)
+        return _Gate.apply(projected.flatten(0, -2), self.name).unflatten(0, projected.shape[:-1])
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, projected: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, projected: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(projected)
-        ctx.activation = activation
-        gate, up = projected.chunk(2, -1)
-        return activation(gate) * up
+        ctx.name = name
+        return _gated(projected, name)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        gate, up = ctx.saved_tensors[0].chunk(2, -1)
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            activated = ctx.activation(gate)
-        (grad_gate,) = torch.autograd.grad(activated, gate, grad * up)
-        return torch.cat([grad_gate, grad * activated.detach()], -1), None
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gradient_of_gated(grad, ctx.saved_tensors[0], ctx.name), None
+
+
+def _gelu_tanh(gate: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh")
+
+
+def _gelu_tanh_backward(grad: Tensor, gate: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(grad, gate, approximate="tanh")
+
+
+GATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "swiglu": (F.silu, torch.ops.aten.silu_backward),
+    "geglu": (F.gelu, torch.ops.aten.gelu_backward),
+    "geglu_tanh": (_gelu_tanh, _gelu_tanh_backward),
+}
+"""By `model.activation`: the activation of the gate, and what makes of the gradient of its result and its input the
+gradient of its input."""
+
+
+@Fusable
+def _gated(projected: Tensor, name: str) -> Tensor:
+    gate, up = projected.chunk(2, -1)
+    return GATES[name][0](gate) * up
+
+
+@Fusable
+def _gradient_of_gated(grad: Tensor, projected: Tensor, name: str) -> Tensor:
+    activation, derive = GATES[name]
+    gate, up = projected.chunk(2, -1)
+    return torch.cat([derive(grad * up, gate), grad * activation(gate)], -1)

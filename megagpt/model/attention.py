@@ -6,6 +6,7 @@ all-to-all before it and one after it exchange the two ("DeepSpeed Ulysses", arX
 
 import contextlib
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,13 +18,24 @@ from torch.distributed import ProcessGroup
 
 from megagpt.model.causal_attention import causal_attention
 from megagpt.model.documents import Documents, document_attention
+from megagpt.model.rotary import Tables, rotate
 
 # Shapes: S sequence, B micro-batch, N query heads of this tensor-parallel rank, G its key/value heads, D channels per
 # head; C context-parallel ranks, s = S / C positions and n = N / C, g heads of one of them.
 
 
+@dataclass(frozen=True)
+class Positions:
+    """What attention knows of the tokens of a micro-batch; takes the place of a mask in Megatron-Core's layers."""
+
+    documents: Documents | None
+    """Documents of the samples, which are kept apart; None: a sample is one document."""
+    rotary: Tables | None
+    """Of this context-parallel rank's positions; None: the layers know nothing of positions."""
+
+
 class SDPAttention(MegatronModule):
-    """Causal attention with the constructor of Megatron-Core's DotProductAttention.
+    """Causal attention with the constructor of Megatron-Core's DotProductAttention, and rotary positions.
 
     Args:
         recompute: the backward pass computes the attention again from query, key and value.
@@ -56,7 +68,7 @@ class SDPAttention(MegatronModule):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Documents | None = None,
+        attention_mask: Positions | None = None,
         packed_seq_params=None,
         attention_bias=None,
         **_,
@@ -67,21 +79,25 @@ class SDPAttention(MegatronModule):
             query: [s, B, N, D].
             key: [s, B, G, D].
             value: [s, B, G, D].
-            attention_mask: documents of the samples, which are kept apart; None: a sample is one document.
+            attention_mask: of the tokens.
 
         Returns:
             [s, B, N x D].
         """
         assert packed_seq_params is None and attention_bias is None
         group = parallel_state.get_context_parallel_group()
+        positions = attention_mask or Positions(None, None)
+        if positions.rotary is not None:
+            query, key = rotate(query, key, positions.rotary)
         if group.size() > 1:
             query, key, value = heads_for_positions(query, key, value, group)
         elif value.untyped_storage().data_ptr() != query.untyped_storage().data_ptr() and not self.config.qk_layernorm:
             # Rotated, and no norm keeps its input: as a view, the value alone would keep all three as projected.
             value = value.contiguous()
         query_BNSD, key_BGSD, value_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        keeps_apart = attention_mask is not None and attention_mask.runs is not None
-        attend = partial(self._attend, documents=attention_mask) if keeps_apart else self._attend
+        documents = positions.documents
+        keeps_apart = documents is not None and documents.runs is not None
+        attend = partial(self._attend, documents=documents) if keeps_apart else self._attend
         if self.recompute and torch.is_grad_enabled():
             context_BNSD = checkpoint(attend, False, query_BNSD, key_BGSD, value_BGSD)
         else:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP
@@ -20,9 +19,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megagpt.model.activation import GatedActivation
+from megagpt.model.attention import Positions
 from megagpt.model.documents import Documents
 from megagpt.model.loss import head_loss
 from megagpt.model.norm import Norm
+from megagpt.model.rotary import Rotary, Tables
 from megagpt.model.transformer_config import layer_spec
 from megagpt.plan import Plan
 
@@ -102,10 +103,10 @@ class Layer(nn.Module):
         config: Megatron-Core's config.
         plan: gives the kind of residual and norms.
         index: 0 ... num_layers - 1.
-        rotary: the rotary frequencies, shared by the layers of a process that have them; None for learned positions.
+        rotary: the rotary tables, shared by the layers of a process that have them; None for learned positions.
     """
 
-    def __init__(self, config: TransformerConfig, plan: Plan, index: int, rotary: RotaryEmbedding | None):
+    def __init__(self, config: TransformerConfig, plan: Plan, index: int, rotary: Rotary | None):
         super().__init__()
         spec = layer_spec(config, plan, index)
         if plan.model.parallel_residual:
@@ -115,7 +116,7 @@ class Layer(nn.Module):
         self.block = build_module(spec, config=config, layer_number=index + 1)
         if config.gated_linear_unit:
             for mlp in (module for module in self.block.modules() if isinstance(module, MLP)):
-                mlp.activation_func = GatedActivation(config.activation_func)
+                mlp.activation_func = GatedActivation(plan.model.activation)
         self.rotary = rotary
         self.sequence_splits = config.tensor_model_parallel_size if config.sequence_parallel else 1
         # Under sequence parallelism each TP rank holds other tokens, so every dropout needs the TP rank's generator.
@@ -123,8 +124,8 @@ class Layer(nn.Module):
 
     def forward(self, hidden_SBH: Tensor, documents: Documents | None = None) -> Tensor:
         """[S, B, H] -> [S, B, H]; documents of the samples are kept apart as they say."""
-        rotary = None if self.rotary is None else self._rotary_of(hidden_SBH.shape[0] * self.sequence_splits, documents)
-        given: dict[str, Any] = {"attention_mask": documents, "rotary_pos_emb": rotary}
+        tables = None if self.rotary is None else self._tables_of(hidden_SBH, documents)
+        given: dict[str, Any] = {"attention_mask": Positions(documents, tables)}
         if documents is not None and documents.padding_Bs is not None:
             part = parallel_state.get_tensor_model_parallel_rank() if self.sequence_splits > 1 else 0
             given["padding_mask"] = documents.padding_of(part, self.sequence_splits)
@@ -133,16 +134,14 @@ class Layer(nn.Module):
                 return self.block(hidden_SBH, **given)[0]
         return self.block(hidden_SBH, **given)[0]
 
-    def _rotary_of(self, length: int, documents: Documents | None) -> Tensor:
-        """Angles [length, 1 or B, 1, rotated channels] of this context-parallel rank's positions."""
+    def _tables_of(self, hidden_SBH: Tensor, documents: Documents | None) -> Tables:
+        """Of this context-parallel rank's positions."""
         assert self.rotary is not None
+        length = hidden_SBH.shape[0] * self.sequence_splits
         if documents is not None and documents.positions_Bs is not None:
             whole = length * parallel_state.get_context_parallel_world_size()
-            angles_S11D = self.rotary(whole, 0, packed_seq=True)
-            return angles_S11D[:, 0][documents.positions_Bs.t()]
-        first = parallel_state.get_context_parallel_rank() * length
-        # `packed_seq` keeps Megatron-Core from cutting out what its own order of context-parallel ranks would need.
-        return self.rotary(length, first, packed_seq=True)
+            return self.rotary.tables_at(documents.positions_Bs, whole, hidden_SBH.dtype)
+        return self.rotary.tables(length, parallel_state.get_context_parallel_rank() * length, hidden_SBH.dtype)
 
 
 class Head(ColumnParallelLinear):

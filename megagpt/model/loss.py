@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megagpt.model.fusion import Fusable
 from megagpt.plan.estimates import SMALLEST_CHUNK_BYTES, head_chunk_tokens
 
 CACHED_BYTES = 4 << 20
@@ -146,6 +147,10 @@ def _lose(
         scale: factor of the gradients.
         counts_C: False for tokens without loss and gradient; None: all count.
     """
+    if Fusable.are_fused and parallel_state.get_tensor_model_parallel_world_size() == 1:
+        loss, grad_CV = _whole_cross_entropy(logits_CV, labels_C, num_real_tokens, softcap, scale, counts_C)
+        logits_CV.copy_(grad_CV)
+        return loss
     wide_CV = logits_CV.float()
     if softcap is None:
         bent_CV = None
@@ -158,6 +163,38 @@ def _lose(
         grad_CV *= 1 - bent_CV**2
     logits_CV.copy_(grad_CV)  # in fp32 mostly itself
     return losses_C.sum()
+
+
+@Fusable
+def _whole_cross_entropy(
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    num_real_tokens: int,
+    softcap: float | None,
+    scale: float,
+    counts_C: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses, and `scale` x their gradients in the type of the logits; arguments as for `_lose`. To be
+    compiled: nothing is in place, and no rank is asked."""
+    wide_CV = logits_CV.float()
+    bent_CV = None
+    if softcap is not None:
+        bent_CV = torch.tanh(wide_CV / softcap)
+        wide_CV = bent_CV * softcap
+    column_V = torch.arange(wide_CV.shape[1], device=wide_CV.device)
+    wide_CV = torch.where(column_V < num_real_tokens, wide_CV, float("-inf"))
+    shifted_CV = wide_CV - wide_CV.amax(1, keepdim=True)
+    exponentials_CV = shifted_CV.exp()
+    normalisers_C1 = exponentials_CV.sum(1, keepdim=True)
+    is_label_CV = column_V == labels_C.unsqueeze(1)
+    losses_C = normalisers_C1.squeeze(1).log() - torch.where(is_label_CV, shifted_CV, 0.0).sum(1)
+    grad_CV = exponentials_CV * (scale / normalisers_C1) - torch.where(is_label_CV, scale, 0.0)
+    if bent_CV is not None:
+        grad_CV = grad_CV * (1 - bent_CV**2)
+    if counts_C is not None:
+        losses_C = torch.where(counts_C, losses_C, 0.0)
+        grad_CV = torch.where(counts_C.unsqueeze(1), grad_CV, 0.0)
+    return losses_C.sum(), grad_CV.to(logits_CV.dtype)
 
 
 def _cross_entropy(

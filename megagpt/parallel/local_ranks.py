@@ -1,7 +1,8 @@
-"""Run a function on real gloo ranks of this host: the caller has imported the libraries, each call forks its ranks.
+"""Run a function on real ranks of this host: forks of the caller, which has imported the libraries, or new processes.
 
 No torch here: what the function needs is imported by the caller before, once for all ranks, or by the function itself.
-The caller must not have joined process groups: gloo's threads do not survive a fork, so that ranks would hang.
+A caller whose ranks are forked must not have joined process groups, as gloo's threads do not survive a fork, so that
+ranks would hang; nor must it have looked for GPUs, which a fork cannot use.
 """
 
 import ctypes
@@ -13,8 +14,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from megagpt.parallel.launch import free_port
 
@@ -25,15 +26,33 @@ class RankFailedError(RuntimeError):
     """A rank raised, died or did not end in time; the message holds the ranks' tracebacks and last output."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, **kwargs: Any) -> list:
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120.0,
+    environments: Sequence[Mapping[str, str]] | None = None,
+    **kwargs: Any,
+) -> list:
     """Call `function(*args, **kwargs)` in `world_size` processes and return their results in rank order.
 
     Each process finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, as under torchrun. What the ranks
     print is shown only if one fails.
 
+    Args:
+        function: of a module, if the ranks are new processes.
+        world_size: how many ranks.
+        *args: of the function.
+        timeout: seconds for all of it.
+        environments: what each rank finds in its environment besides; the ranks are then new processes, which import
+            everything themselves. None: forks of this one.
+        **kwargs: of the function.
+
     Raises:
         RankFailedError: a rank raised, died or took longer than `timeout` seconds.
     """
+    call = function, args, kwargs
+    new = None if environments is None else pickle.dumps(call)
     port = free_port()
     children: dict[int, tuple[int, int]] = {}  # read end of the pipe -> rank, pid
     for rank in range(world_size):
@@ -41,7 +60,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         pid = os.fork()
         if pid == 0:
             os.close(read_end)
-            _run_child(function, args, kwargs, rank, world_size, port, write_end)
+            _prepare_child(rank, world_size, port)
+            if environments is not None and new is not None:
+                _begin_anew(new, environments[rank], write_end)
+            _answer(lambda: call, write_end)
         os.close(write_end)
         children[read_end] = (rank, pid)
     outputs = _collect(children, time.monotonic() + timeout)
@@ -52,9 +74,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     return [value for _, value in results]
 
 
-def _run_child(
-    function: Callable, args: tuple, kwargs: dict, rank: int, world_size: int, port: int, write_end: int
-) -> None:
+def _prepare_child(rank: int, world_size: int, port: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed test run leaves no ranks behind
     os.environ.update(
         RANK=str(rank),
@@ -63,11 +83,27 @@ def _run_child(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+
+
+def _begin_anew(call: bytes, environment: Mapping[str, str], write_end: int) -> NoReturn:
+    """Make of this process a new interpreter that makes the call."""
+    memory = os.memfd_create("call")
+    os.write(memory, call)
+    os.set_inheritable(memory, True)
+    os.set_inheritable(write_end, True)
+    command = [sys.executable, "-m", __name__, str(memory), str(write_end)]
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    os.execve(sys.executable, command, {**os.environ, **path, **environment})
+
+
+def _answer(call: Callable[[], tuple[Callable[..., Any], tuple, dict[str, Any]]], write_end: int) -> NoReturn:
+    """Make the call and write its result, or the traceback and what was printed."""
     with tempfile.TemporaryFile() as output:  # has no name, so a killed rank leaves nothing behind
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         try:
+            function, args, kwargs = call()
             result = (True, function(*args, **kwargs))
         except BaseException:
             sys.stdout.flush()
@@ -102,3 +138,13 @@ def _collect(children: dict[int, tuple[int, int]], deadline: float) -> list[byte
         os.close(end)
         os.waitpid(pid, 0)
     return outputs
+
+
+def _answer_as_new_process() -> NoReturn:
+    memory, write_end = map(int, sys.argv[1:])
+    data = os.pread(memory, os.fstat(memory).st_size, 0)
+    _answer(lambda: pickle.loads(data), write_end)  # written by the process that started this one
+
+
+if __name__ == "__main__":
+    _answer_as_new_process()

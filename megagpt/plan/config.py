@@ -264,6 +264,9 @@ class TrainingConfig(Section):
     """Kernel of attention on GPUs, in 16 bits: `torch` is the FlashAttention that torch brings; `FA3` (package
     flash_attn_interface, for Hopper) and `FA4` (flash-attn-4, for Hopper and Blackwell) have to show when the run
     starts that they compute the same; `auto` uses one that is installed and does so. Elsewhere it says nothing."""
+    compile: bool = True
+    """On GPUs: elementwise functions (rotary positions, gated activations, cross-entropy) become single kernels by
+    torch.compile, which takes some seconds of the first step."""
     eval_interval: NonNegative = 0
     """Steps between evaluations on the validation split; 0 evaluates at the end only."""
     eval_batches: Positive = 8

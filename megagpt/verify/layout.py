@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megagpt.parallel.console import muted
+from megagpt.parallel.local_gpus import gpu_environments, visible_gpus
 from megagpt.parallel.local_ranks import run_ranks
 from megagpt.plan import Plan
 from megagpt.verify.shrink import MAX_RANKS, SmallRun, shrink
@@ -67,30 +68,47 @@ class Report:
         return "\n".join(lines).lstrip()
 
 
-def verify_layout(plan: Plan, steps: int = 20, max_ranks: int = MAX_RANKS) -> Report:
-    """Verify the layout of a run on CPU processes of this host.
+def verify_layout(plan: Plan, steps: int = 20, max_ranks: int = MAX_RANKS, on_gpus: bool = False) -> Report:
+    """Verify the layout of a run on processes of this host.
 
     Args:
         plan: the run, of any size.
         steps: updates to compare.
         max_ranks: processes that may be started at a time.
+        on_gpus: whether the ranks compute on this host's GPUs, which they share if there are fewer; the one process
+            computes on the CPU all the same.
 
     Raises:
         ConfigError: `max_ranks` is too few, or the shrunk run breaks a rule.
+        LaunchError: there is no GPU.
         RankFailedError: a rank failed.
     """
     small = shrink(plan, steps, max_ranks)
+    places = environments_of_ranks(max_ranks) if on_gpus else None
     import_libraries()
-    return Report(tuple(map(_verify, small.runs)), small.left_out)
+    return Report(tuple(_verify(run, places) for run in small.runs), small.left_out)
 
 
-def _verify(small: SmallRun) -> Part:
+def environments_of_ranks(world_size: int) -> list[dict[str, str]]:
+    """Environments of ranks that compute on this host's GPUs; to be asked for before `import_libraries`, which hides
+    the GPUs from this process.
+
+    Args:
+        world_size: how many ranks at most.
+
+    Raises:
+        LaunchError: there is no GPU.
+    """
+    return gpu_environments(visible_gpus(), world_size)
+
+
+def _verify(small: SmallRun, places: list[dict[str, str]] | None) -> Part:
     plans = {f"exact: {_kind(small.exact)}": small.exact, f"as configured: {_kind(small.configured)}": small.configured}
     from megagpt.verify.measure import measure_references, measure_runs
     from megagpt.verify.verdicts import judge
 
     (references,) = run_ranks(measure_references, 1, list(plans.values()), timeout=600)
-    by_rank = run_ranks(measure_runs, small.exact.world_size, list(plans.values()), timeout=600)
+    by_rank = run_ranks(measure_runs, small.exact.world_size, list(plans.values()), timeout=600, environments=places)
     runs = {
         title: judge(variant, [measurements[index] for measurements in by_rank], references[index])
         for index, (title, variant) in enumerate(plans.items())

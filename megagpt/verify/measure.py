@@ -56,6 +56,8 @@ class RankMeasurement:
     """SHA-256 of the weights of the forward pass; none where ZeRO 3 cuts them."""
     traffic: dict[tuple[str, str], float]
     """Bytes sent in the last step by (group, collective), scalars left out."""
+    device: str = "cpu"
+    """Type of the device that computed."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ def measure_run(plan: Plan, ranks: Ranks) -> RankMeasurement:
             if not hasattr(parameter, "ds_id")
         },
         traffic={key: sent for key, (_, sent) in traffic.without_scalars().totals().items() if sent > 0},
+        device=ranks.device.type,
     )
 
 

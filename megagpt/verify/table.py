@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from megagpt.parallel.local_ranks import RankFailedError, run_ranks
 from megagpt.plan import Plan
-from megagpt.verify.layout import import_libraries
-from megagpt.verify.rows import Row
+from megagpt.verify.layout import environments_of_ranks, import_libraries
+from megagpt.verify.rows import MAX_RANKS, Row
 
 if TYPE_CHECKING:
     from megagpt.verify.measure import RankMeasurement, Reference
@@ -46,13 +46,18 @@ class MeasuredRow:
         return [*(verdict.quantity for verdict in self.verdicts if not verdict.passed), *learns]
 
 
-def measure_rows(rows: Sequence[Row], told: Callable[[str], None] = print) -> list[MeasuredRow]:
-    """Run rows on CPU processes of this host and compare each with one process.
+def measure_rows(rows: Sequence[Row], told: Callable[[str], None] = print, on_gpus: bool = False) -> list[MeasuredRow]:
+    """Run rows on processes of this host and compare each with one process.
 
     Args:
         rows: what to run.
         told: takes a line of progress per row.
+        on_gpus: as for `verify_layout`.
+
+    Raises:
+        LaunchError: there is no GPU.
     """
+    places = environments_of_ranks(MAX_RANKS) if on_gpus else None
     import_libraries()
     plans = {row.key: row.plan() for row in rows}
     assert len(plans) == len(rows), "two rows say the same"
@@ -60,7 +65,7 @@ def measure_rows(rows: Sequence[Row], told: Callable[[str], None] = print) -> li
     found: dict[str, MeasuredRow] = {}
     for batch in _batches(rows, plans):
         started = time.monotonic()
-        for row, ranks in zip(batch, _run(batch, plans), strict=True):
+        for row, ranks in zip(batch, _run(batch, plans, places), strict=True):
             found[row.key] = _judged(row, plans[row.key], ranks, references[_reference_key(plans[row.key])])
             told(_progress(found[row.key], len(found), len(rows), (time.monotonic() - started) / len(batch)))
     return [found[row.key] for row in rows]
@@ -99,19 +104,21 @@ def _batches(rows: Sequence[Row], plans: dict[str, Plan]) -> Iterator[list[Row]]
             yield members[start : start + ROWS_PER_PROCESS]
 
 
-def _run(batch: Sequence[Row], plans: dict[str, Plan]) -> "list[list[RankMeasurement] | str]":
+def _run(
+    batch: Sequence[Row], plans: dict[str, Plan], places: list[dict[str, str]] | None
+) -> "list[list[RankMeasurement] | str]":
     """Each row's measurements by rank, or why there are none."""
     from megagpt.verify.measure import measure_runs
 
     chosen = [plans[row.key] for row in batch]
     try:
-        by_rank = run_ranks(measure_runs, chosen[0].world_size, chosen, timeout=120.0 * len(batch))
+        by_rank = run_ranks(measure_runs, chosen[0].world_size, chosen, timeout=120.0 * len(batch), environments=places)
     except RankFailedError as error:
         failure = str(error)
     else:
         return [list(ranks) for ranks in zip(*by_rank, strict=True)]
     if len(batch) > 1:  # one by one, so that only the row that fails has no result
-        return [result for row in batch for result in _run([row], plans)]
+        return [result for row in batch for result in _run([row], plans, places)]
     errors = re.findall(r"^[\w.]+(?:Error|Exception)\b.*", failure, re.MULTILINE)
     causes = [line for line in errors if "gloo" not in line]  # others lose the rank that failed
     return [[*causes, *errors, failure.splitlines()[0]][0]]
@@ -134,12 +141,12 @@ def _progress(measured: MeasuredRow, number: int, total: int, seconds: float) ->
 INTRODUCTION = """\
 # Layouts against one process
 
-Written by `python tools/verify_table.py`; do not edit. It needs no GPU and some 45 minutes on two CPU cores.
+Written by `{command}`; do not edit. {place}
 
-Each row trains a small model for 20 steps on real gloo processes with the engine that a cluster job uses, and compares
-every rank with one process that runs the same model in a plain torch loop, without DeepSpeed. Global batch 8 in
-micro-batches of 2, 32 tokens per sample, gradients clipped at norm 0.5. Adam hides errors in the scale of gradients, so
-most rows use SGD with a rate of 0.5.
+Each row trains a small model for 20 steps on real {backend} processes with the engine that a cluster job uses, and
+compares every rank with one process that runs the same model in a plain torch loop on the CPU, without DeepSpeed.
+Global batch 8 in micro-batches of 2, 32 tokens per sample, gradients clipped at norm 0.5. Adam hides errors in the
+scale of gradients, so most rows use SGD with a rate of 0.5.
 
 - **loss**: largest difference of a step's loss on any rank, in nats per token; **norm**: largest relative difference of
   a step's gradient norm; **weights**: 2-norm of the difference of all fp32 master weights after 20 steps, relative to
@@ -158,21 +165,34 @@ most rows use SGD with a rate of 0.5.
 
 Verdict: {verdict}. Versions: {versions}.
 """
+PLACES = {
+    False: {
+        "command": "python tools/verify_table.py",
+        "place": "It needs no GPU and some 45 minutes on two CPU cores.",
+        "backend": "gloo",
+    },
+    True: {
+        "command": "python tools/verify_table.py --gpus",
+        "place": "Ranks share GPUs where there are fewer of them: NCCL is told that each rank has a host of its own.",
+        "backend": "NCCL",
+    },
+}
 GOOD = "| ok |"
 COLUMNS = ("model", "optimizer", "layout", "engine", "options", "loss", "norm", "weights", "falls", "verdict")
 
 
-def render(lines: dict[Key, str]) -> str:
+def render(lines: dict[Key, str], on_gpus: bool = False) -> str:
     """The document.
 
     Args:
         lines: of all rows, in their order.
+        on_gpus: where the ranks computed.
     """
     from megagpt.verify.verdicts import NOISE
 
     good = sum(line.endswith(GOOD) for line in lines.values())
     verdict = f"{good} of {len(lines)} rows are within their bounds"
-    parts = [INTRODUCTION.format(noise=NOISE, verdict=verdict, versions=_versions())]
+    parts = [INTRODUCTION.format(noise=NOISE, verdict=verdict, versions=_versions(), **PLACES[on_gpus])]
     for topic in dict.fromkeys(topic for topic, *_ in lines):
         head = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         parts.append("\n".join([f"## {topic}", "", *head, *(lines[key] for key in lines if key[0] == topic), ""]))
@@ -215,19 +235,23 @@ def listed_rows(document: str) -> dict[Key, str]:
     return found
 
 
-def write_table(rows: Sequence[Row], path: Path, only_new: bool = False) -> bool:
+def write_table(rows: Sequence[Row], path: Path, only_new: bool = False, on_gpus: bool = False) -> bool:
     """Measure rows and write the document; True if all are within their bounds.
 
     Args:
         rows: of the document.
         path: the document.
         only_new: keep its lines of good rows, if they were written with the same versions of the libraries.
+        on_gpus: as for `verify_layout`.
+
+    Raises:
+        LaunchError: there is no GPU.
     """
     known = path.read_text(encoding="utf-8") if only_new and path.exists() else ""
     lines = {key: line for key, line in listed_rows(known).items() if line.endswith(GOOD) and _versions() in known}
     new = [row for row in rows if key_of(row) not in lines]
-    lines |= {key_of(one.row): line_of(one) for one in (measure_rows(new) if new else ())}
-    text = render({key_of(row): lines[key_of(row)] for row in rows})
+    lines |= {key_of(one.row): line_of(one) for one in (measure_rows(new, on_gpus=on_gpus) if new else ())}
+    text = render({key_of(row): lines[key_of(row)] for row in rows}, on_gpus)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -179,7 +179,8 @@ def _traffic(plan: Plan, ranks: Sequence[RankMeasurement]) -> list[Verdict]:
     for stage, counted in _counted(plan, ranks):
         foretold: dict[tuple[str, str], float] = {}
         for transfer in traffic_per_step(plan, stage):
-            transfer = transfer.without_cuda()
+            if ranks[0].device == "cpu":
+                transfer = transfer.without_cuda()
             key = transfer.group, transfer.collective
             foretold[key] = foretold.get(key, 0.0) + transfer.ring_bytes
         for key in {*foretold, *counted}:

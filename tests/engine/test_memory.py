@@ -131,14 +131,17 @@ def test_a_layer_keeps_what_the_papers_say(model, tp, sp):
         assert measured == pytest.approx(sbh * (34 / tp if sp else 10 + 24 / tp), rel=0.02)
 
 
-@pytest.mark.parametrize("activation", [F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh")])
+ACTIVATIONS = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
 @in_own_process
-def test_gated_activation_is_the_plain_one(activation):
+def test_gated_activation_is_the_plain_one(name):
     from megagpt.model.activation import GatedActivation
 
     torch.manual_seed(0)
     projected = torch.randn(3, 2, 10, dtype=torch.float64, requires_grad=True)
-    gated = GatedActivation(activation)
+    gated, activation = GatedActivation(name), ACTIVATIONS[name]
     gate, up = projected.chunk(2, -1)
     assert torch.equal(gated(projected), activation(gate) * up)
     assert torch.autograd.gradcheck(gated, projected)

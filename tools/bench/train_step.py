@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -88,8 +89,8 @@ class Side:
         return json.loads(line)
 
 
-def measure(size: str, precision: str, threads: int, rounds: int, steps: int) -> list[Side]:
-    """Run all sides in turn.
+def measure(size: str, precision: str, threads: int, rounds: int, steps: int, one_by_one: bool = False) -> list[Side]:
+    """Run all sides.
 
     Args:
         size: key of `workload.SIZES`.
@@ -97,16 +98,24 @@ def measure(size: str, precision: str, threads: int, rounds: int, steps: int) ->
         threads: CPU threads of each side.
         rounds: turns of each side, after one that is not counted.
         steps: optimizer steps per turn.
+        one_by_one: let each side end before the next one starts, rather than take turns.
     """
+    names = [[name] for name in SIDES[precision]] if one_by_one else [list(SIDES[precision])]
+    sides = [side for group in names for side in take_turns(group, size, precision, threads, rounds, steps)]
+    for side in sides:
+        if side.parameters != sides[0].parameters:
+            raise BenchError(f"{side.name} has {side.parameters:,} parameters, {sides[0].name} {sides[0].parameters:,}")
+    return sides
+
+
+def take_turns(names: Sequence[str], size: str, precision: str, threads: int, rounds: int, steps: int) -> list[Side]:
+    """Start sides and run them in turn; arguments as for `measure`."""
     sides = []
     try:
-        for name in SIDES[precision]:  # one after the other: starting is work too
+        for name in names:  # one after the other: starting is work too
             side = Side.start(name, size, precision, threads)
             sides.append(side)
-            parameters = side.wait_ready()
-            if sides[0].parameters not in (0, parameters):
-                raise BenchError(f"{name} has {parameters:,} parameters, {sides[0].name} {sides[0].parameters:,}")
-            side.parameters = parameters
+            side.parameters = side.wait_ready()
         for side in sides:
             side.run(2, warm_up=True)
         for _ in range(rounds):
@@ -161,12 +170,15 @@ def main() -> int:
     parser.add_argument("--threads", nargs="+", type=int, default=[os.cpu_count() or 1])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side; default 5")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps per turn; default 2")
+    parser.add_argument(
+        "--one-by-one", action="store_true", help="no turns: for GPUs that have no memory for all sides at a time"
+    )
     args = parser.parse_args()
     console, missed = Console(highlight=False), []
     for size in args.sizes:
         for precision in args.precisions:
             for threads in args.threads:
-                sides = measure(size, precision, threads, args.rounds, args.steps)
+                sides = measure(size, precision, threads, args.rounds, args.steps, args.one_by_one)
                 title = f"{size}, {precision}, {threads} thread{'s' * (threads > 1)}"
                 missed += report(console, title, SIZES[size], sides)
     for line in missed:

@@ -33,6 +33,10 @@ SIZES = {
     "12m": Size(6, 320, 5, 864, 8192, seq_length=512, microbatch_size=4, num_microbatches=2),
     # 134 million parameters: GPT-2 small's depth and width with Llama 2's vocabulary
     "125m": Size(12, 768, 12, 2048, 32000, seq_length=512, microbatch_size=2, num_microbatches=2),
+    # for GPUs: 374 million parameters, GPT-2 medium's depth and width
+    "350m": Size(24, 1024, 16, 2816, 32000, seq_length=2048, microbatch_size=8, num_microbatches=2),
+    # for GPUs: 1.3 billion parameters, GPT-3 XL's depth and width
+    "1b": Size(24, 2048, 16, 5632, 32000, seq_length=2048, microbatch_size=4, num_microbatches=2),
 }
 
 
