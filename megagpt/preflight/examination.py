@@ -11,7 +11,7 @@ from megagpt.plan import Plan
 from megagpt.preflight.collectives import check_collectives
 from megagpt.preflight.findings import Finding, failed, merged, ok, some
 from megagpt.preflight.host import checks, versions
-from megagpt.preflight.meeting import Meeting, MissingRanksError
+from megagpt.preflight.meeting import AbsentRanksError, Meeting
 from megagpt.preflight.network import judge_links, measure_links
 from megagpt.preflight.shared import check_shared
 from megagpt.preflight.tournament import Tournament
@@ -42,7 +42,7 @@ def examine(plan: Plan, launch: Launch, patience: float) -> list[Finding]:
         findings = _examine_together(plan, meeting)
         meeting.part()
     except LaunchError as error:
-        speaks = launch.rank == 0 or (launch.local_rank == 0 and not isinstance(error, MissingRanksError))
+        speaks = launch.rank == 0 or (launch.local_rank == 0 and not isinstance(error, AbsentRanksError))
         return [failed("meeting", str(error), "nothing else could be tried")] if speaks else []
     return findings if launch.rank == 0 else []
 

@@ -64,7 +64,7 @@ class Meeting:
         if missing:
             self.lost = dict.fromkeys(missing, "start")
             self.part()
-            raise MissingRanksError(
+            raise AbsentRanksError(
                 f"of {launch.world_size} ranks {len(missing)} have not come to {self.where} within {seconds:.0f} s: "
                 f"{', '.join(map(str, missing[:8]))}; see what their hosts print"
             )
@@ -163,7 +163,7 @@ class Meeting:
         return self.store.get(name).decode() if self.store.check([name]) else "start"
 
 
-class MissingRanksError(LaunchError):
+class AbsentRanksError(LaunchError):
     """Some ranks have not come; all that have come know it."""
 
 

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from megagpt.cgroup import tightest_room
 from megagpt.plan import Plan
 from megagpt.plan.fitting import GIB, less_on_the_host, offloaded
-from megagpt.preflight.cgroup import tightest_room
 from megagpt.preflight.findings import Finding, failed, ok, warning, worst
 
 MEMORY_SHARE = 0.9

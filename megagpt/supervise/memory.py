@@ -7,6 +7,7 @@ from typing import Literal
 import psutil
 import torch
 
+from megagpt.cgroup import smallest_limit
 from megagpt.parallel.ranks import Ranks
 from megagpt.plan import Plan, describe
 from megagpt.plan.fitting import GIB, less_on_the_host, nearest_that_fits
@@ -74,4 +75,5 @@ def _capacity(memory: Memory, ranks: Ranks) -> int:
     if memory == "gpu":
         return torch.cuda.get_device_properties(ranks.device).total_memory
     on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or ranks.world_size
-    return psutil.virtual_memory().total // on_host
+    total = psutil.virtual_memory().total
+    return min(total, smallest_limit() or total) // on_host

@@ -7,9 +7,9 @@ import pytest
 from gpus import GIB, Gpus
 from tiny import ADAM, tiny_plan
 
+from megagpt.cgroup import Room, smallest_limit, tightest_room
 from megagpt.plan import deepspeed_config_from_dict, make_plan
 from megagpt.preflight import memory
-from megagpt.preflight.cgroup import Room, tightest_room
 from megagpt.preflight.memory import check_memory
 
 
@@ -109,7 +109,7 @@ def test_host_memory_beside_gpus_is_looked_at_for_all_ranks_of_the_host(monkeypa
     assert check_memory(needy, 4).status == "OK"
     assert check_memory(Needy(40, copied=45), 8).status == "warning", "360 of 390 GiB are just enough"
     assert "tools/plan.py" in check_memory(Needy(100, offloaded=45, copied=5), 8).advice
-    plant(1000, Room(300 * GIB, "/sys/fs/cgroup/job_7"))
+    plant(1000, Room(300 * GIB, "/sys/fs/cgroup/job_7", 400 * GIB))
     finding = check_memory(needy, 8)
     assert finding.text.endswith(" 300.00 GiB are free under the limit of /sys/fs/cgroup/job_7")
     assert finding.advice == f"allow more (Slurm: --mem; a container: its limit), or {ways}"
@@ -125,12 +125,12 @@ def test_without_gpus_offload_and_the_copy_of_a_save_are_in_the_same_memory(plan
         "memory per rank",
     )
     assert "tools/plan.py; or take more hosts" in finding.advice
-    plant(100, Room(50 * GIB, "/sys/fs/cgroup/job_7"))
+    plant(100, Room(50 * GIB, "/sys/fs/cgroup/job_7", 400 * GIB))
     finding = check_memory(Needy(10), 8)
     assert finding.status == "failed"
     assert finding.text.endswith(", 6.25 GiB of free memory per rank under the limit of /sys/fs/cgroup/job_7")
     assert finding.advice.startswith("allow more (Slurm: --mem; a container: its limit), or ")
-    plant(100, Room(200 * GIB, "/sys/fs/cgroup/job_7"))
+    plant(100, Room(200 * GIB, "/sys/fs/cgroup/job_7", 400 * GIB))
     assert check_memory(Needy(10), 8).status == "OK", "a limit above what is free is none"
 
 
@@ -163,9 +163,10 @@ def test_the_tightest_of_nested_groups_counts(tmp_path) -> None:
     group(tmp_path / "slurm/job_7/step_0", max="max", current="500", stat=stat)
     group(tmp_path / "slurm/job_7", max="1000", current="600", stat=stat)
     group(tmp_path / "slurm", max="9000", current="700", stat=stat)
-    assert tightest_room(tmp_path, own) == Room(520, str(tmp_path / "slurm/job_7"))
+    assert tightest_room(tmp_path, own) == Room(520, str(tmp_path / "slurm/job_7"), 1000)
+    assert smallest_limit(tmp_path, own) == 1000
     group(tmp_path / "slurm/job_7", max="400", current="600", stat=stat)
-    assert tightest_room(tmp_path, own) == Room(0, str(tmp_path / "slurm/job_7")), "nothing is left"
+    assert tightest_room(tmp_path, own) == Room(0, str(tmp_path / "slurm/job_7"), 400), "nothing is left"
 
 
 def test_the_older_version_of_groups_is_read_too(tmp_path) -> None:
@@ -173,7 +174,7 @@ def test_the_older_version_of_groups_is_read_too(tmp_path) -> None:
     own.write_text("4:cpu,memory:/job\n3:cpuset:/\n0::/\n")
     stat = "cache 5\ntotal_inactive_file 100\ntotal_active_file 20"
     group(tmp_path / "memory/job", limit_in_bytes="1000", usage_in_bytes="600", stat=stat)
-    assert tightest_room(tmp_path, own) == Room(520, str(tmp_path / "memory/job"))
+    assert tightest_room(tmp_path, own) == Room(520, str(tmp_path / "memory/job"), 1000)
 
 
 @pytest.mark.parametrize("path", ["/docker/1234", "/../../system.slice"])
@@ -182,5 +183,6 @@ def test_a_container_has_its_group_at_the_mount(tmp_path, path: str) -> None:
     own.write_text(f"0::{path}\n")
     assert tightest_room(tmp_path, own) is None
     assert tightest_room(tmp_path, tmp_path / "absent") is None
+    assert smallest_limit(tmp_path, tmp_path / "absent") is None
     group(tmp_path, max="1000", current="600", stat="inactive_file 0")
-    assert tightest_room(tmp_path, own) == Room(400, str(tmp_path))
+    assert tightest_room(tmp_path, own) == Room(400, str(tmp_path), 1000)

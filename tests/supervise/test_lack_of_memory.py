@@ -7,6 +7,7 @@ import torch
 from tiny import ADAM, tiny_plan
 
 from megagpt.plan import deepspeed_config_from_dict, make_plan
+from megagpt.supervise import memory
 from megagpt.supervise.memory import advice, exhausted_memory, shortage
 
 
@@ -46,3 +47,12 @@ def test_a_full_host_of_gpus_is_told_as_such() -> None:
     *_, last = advice("host", plan, ranks("cuda")).splitlines()
     assert last.startswith("take more hosts, or fewer ranks on each; or switch off offload (zero_optimization, ")
     assert "save without a copy (checkpoint.asynchronous=false" in last
+
+
+@pytest.mark.parametrize(("limit", "gib"), [(32 << 30, "16.0"), (None, "64.0"), (900 << 30, "64.0")])
+def test_a_host_has_what_its_control_groups_leave_a_job(monkeypatch: pytest.MonkeyPatch, limit, gib) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(memory, "smallest_limit", lambda: limit)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=128 << 30))
+    said = shortage("host", tiny_plan(), ranks("cpu"), "bad_alloc")
+    assert said.startswith(f"out of memory in stage 0 of 1; its host has {gib} GiB for each of its ranks")

@@ -15,6 +15,8 @@ class Room(NamedTuple):
     """Bytes up to its limit; its page cache makes way and does not count."""
     group: str
     """Its folder."""
+    limit: int
+    """Bytes that it may have in all."""
 
 
 class _Names(NamedTuple):
@@ -29,25 +31,35 @@ _V2 = _Names("memory.max", "memory.current", ("inactive_file", "active_file"))
 _V1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 
 
-def tightest_room(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Room | None:
+_ROOT, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def tightest_room(root: Path = _ROOT, own: Path = _OWN) -> Room | None:
     """The group of this process that leaves least; None if no limit is found.
 
     Args:
         root: where the groups are.
         own: names those of this process, `number:controllers:path` a line.
     """
+    return min(_all_rooms(root, own), default=None)
+
+
+def smallest_limit(root: Path = _ROOT, own: Path = _OWN) -> int | None:
+    """Bytes that this process and all that share its groups may have; None if no limit is found. Arguments as above."""
+    return min((room.limit for room in _all_rooms(root, own)), default=None)
+
+
+def _all_rooms(root: Path, own: Path) -> Iterator[Room]:
     try:
         lines = own.read_text().splitlines()
     except OSError:
-        return None
-    rooms: list[Room] = []
+        return
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            rooms += _rooms(root, path, _V2)
+            yield from _rooms(root, path, _V2)
         elif "memory" in controllers.split(","):
-            rooms += _rooms(root / "memory", path, _V1)
-    return min(rooms, default=None)
+            yield from _rooms(root / "memory", path, _V1)
 
 
 def _rooms(mount: Path, path: str, names: _Names) -> Iterator[Room]:
@@ -64,4 +76,4 @@ def _rooms(mount: Path, path: str, names: _Names) -> Iterator[Room]:
             continue
         if limit != "max":
             cache = sum(int(stat.get(name, 0)) for name in names.cache)
-            yield Room(max(int(limit) - usage + cache, 0), str(mount / group))
+            yield Room(max(int(limit) - usage + cache, 0), str(mount / group), int(limit))
