@@ -1,42 +1,56 @@
-"""A faster kernel for causal attention in bf16 on AMD processors, put in place of torch's own for this process.
+"""A faster kernel for causal attention on AMD processors, put in place of torch's own for this process.
 
 torch's fused kernel for the CPU multiplies small bf16 blocks with MKL, which is slow on AMD processors: bf16 takes as
 long as fp32 there. Here each block of queries is multiplied with all its keys by oneDNN's bf16 kernels, in half the
 time; what is in memory of the scores stays small. Scores are rounded to bf16, as in any attention that is no fused
-kernel; softmax is in fp32.
+kernel; softmax is in fp32. In fp32 the same blocks save a quarter of the time for sequences of some hundred positions,
+as whole blocks of all heads are one product of MKL, and lie in a cache.
 
 Shapes: B micro-batch, N query heads, G key/value heads, S sequence, D channels per head; H = B G, R = N / G query heads
 that share a key, Q queries of a block, K keys that they see.
 """
 
 import functools
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megagpt.parallel.cpu_kernels import mkl_is_slow
 
-QUERY_BLOCK = 128
 SHORTEST_SEQUENCE = 128
 """Below it torch's kernel is as fast."""
-MOST_SCORES = 1 << 22
-"""Scores in memory at once, except that a block of one key head is never cut: 8 MB, which caches hold."""
+
+
+class Blocks(NamedTuple):
+    """How attention in one type is cut."""
+
+    queries: int
+    """Of a block."""
+    most_scores: int
+    """In memory at once, except that a block of one key head is never cut: what caches hold."""
+    longest: int = sys.maxsize
+    """Sequence from which on torch's kernel is as fast."""
+
+
+BLOCKS = {torch.bfloat16: Blocks(128, 1 << 22), torch.float32: Blocks(64, 1 << 18, longest=1024)}
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = f"{_FORWARD}_backward"
 
 
-def torchs_attention_is_slow() -> bool:
-    """Whether bf16 is fast on this processor, but not in torch's attention."""
-    can_replace = hasattr(torch.library, "get_kernel")  # since torch 2.9
-    return can_replace and mkl_is_slow() and torch.cpu._is_avx512_bf16_supported()
+def slow_types() -> frozenset[torch.dtype]:
+    """In which torch's attention is slow on this processor, though products are fast."""
+    if not (hasattr(torch.library, "get_kernel") and mkl_is_slow()):  # since torch 2.9
+        return frozenset()
+    return frozenset({torch.float32} | ({torch.bfloat16} if torch.cpu._is_avx512_bf16_supported() else set()))
 
 
 @functools.cache
-def attend_with_onednn() -> torch.library.Library:
-    """Replace torch's fused attention on the CPU where it is causal, in bf16, without mask and dropout.
+def attend_in_blocks(types: frozenset[torch.dtype] = frozenset(BLOCKS)) -> torch.library.Library:
+    """Replace torch's fused attention on the CPU where it is causal, in one of `types`, without mask and dropout.
 
     Returns:
         What keeps the replacement alive; kept here too, so it lasts as long as the process.
@@ -56,7 +70,7 @@ def attend_with_onednn() -> torch.library.Library:
         attn_mask: Tensor | None = None,
         scale: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if not (is_causal and attn_mask is None and dropout_p == 0 and _suits(query, key, value)):
+        if not (is_causal and attn_mask is None and dropout_p == 0 and _suits(query, key, value, types)):
             return torchs_forward.call_boxed(
                 keys, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
             )
@@ -87,10 +101,11 @@ def attend_with_onednn() -> torch.library.Library:
     return library
 
 
-def _suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _suits(query: Tensor, key: Tensor, value: Tensor, types: frozenset[torch.dtype]) -> bool:
     return (
-        query.dtype is key.dtype is value.dtype is torch.bfloat16
-        and query.shape[2] == key.shape[2] >= SHORTEST_SEQUENCE
+        query.dtype in types
+        and query.dtype is key.dtype is value.dtype
+        and SHORTEST_SEQUENCE <= query.shape[2] == key.shape[2] <= BLOCKS[query.dtype].longest
         and key.shape == value.shape
         and query.shape[1] % key.shape[1] == 0
     )
@@ -142,7 +157,7 @@ def _weights(query_hqD: Tensor, key_hKD: Tensor, queries: slice, scale: float) -
     scores_hqK = _scaled_product(query_hqD, key_hKD.transpose(1, 2), scale)
     length = _length(queries)
     # Of a block's keys, only those at its own positions may lie behind a query.
-    scores_hqK.unflatten(1, (-1, length))[..., queries] += _hidden(length)
+    scores_hqK.unflatten(1, (-1, length))[..., queries] += _hidden(length, scores_hqK.dtype)
     return scores_hqK.softmax(-1)
 
 
@@ -152,23 +167,24 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _hidden(length: int) -> Tensor:
+def _hidden(length: int, dtype: torch.dtype) -> Tensor:
     """[Q, Q]: -inf where a key stands behind the query of the row, else 0."""
-    return torch.full((length, length), float("-inf"), dtype=torch.bfloat16).triu_(1)
+    return torch.full((length, length), float("-inf"), dtype=dtype).triu_(1)
 
 
 def _head_chunks(query_HRSD: Tensor) -> Iterator[slice]:
     heads, shared, length, _ = query_HRSD.shape
-    size = max(MOST_SCORES // (shared * min(QUERY_BLOCK, length) * length), 1)
+    blocks = BLOCKS[query_HRSD.dtype]
+    size = max(blocks.most_scores // (shared * min(blocks.queries, length) * length), 1)
     for start in range(0, heads, size):
         yield slice(start, min(start + size, heads))
 
 
 def _query_blocks(query_HRSD: Tensor) -> Iterator[tuple[slice, slice]]:
     """Positions of a block of queries and of all keys that they see."""
-    length = query_HRSD.shape[2]
-    for start in range(0, length, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, length)
+    length, size = query_HRSD.shape[2], BLOCKS[query_HRSD.dtype].queries
+    for start in range(0, length, size):
+        stop = min(start + size, length)
         yield slice(start, stop), slice(stop)
 
 

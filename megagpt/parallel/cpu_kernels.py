@@ -46,6 +46,11 @@ def _linear(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:
     if _suits(left, right):
+        rows, inner, columns = *left.shape, right.shape[1]
+        # oneDNN is handed rows that lie in memory one after the other. A gradient of a wide weight comes the other way
+        # round, and is larger than all else: then the product of the turned matrices, in the other order, is turned.
+        if left.stride(0) == 1 < left.stride(1) and rows * inner > 2 * (rows + inner) * columns:
+            return _linear(right.t(), left.t()).t().contiguous()
         return _linear(left, right)
     # The variant with `out` is an operator of its own, with torch's kernel.
     return torch.ops.aten.mm.out(left, right, out=left.new_empty((left.shape[0], right.shape[1])))

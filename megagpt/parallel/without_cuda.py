@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagpt.parallel.cpu_attention import attend_with_onednn, torchs_attention_is_slow
+from megagpt.parallel.cpu_attention import attend_in_blocks, slow_types
 from megagpt.parallel.cpu_kernels import mkl_is_slow, multiply_with_onednn
 from megagpt.parallel.cpu_memory import keep_freed_memory
 
@@ -46,8 +46,8 @@ def support_hosts_without_cuda() -> None:
     keep_freed_memory()
     if mkl_is_slow():
         multiply_with_onednn()
-    if torchs_attention_is_slow():
-        attend_with_onednn()
+    if slow_types():
+        attend_in_blocks(slow_types())
 
 
 class _CpuStream(torch.cpu.Stream):

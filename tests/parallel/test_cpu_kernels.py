@@ -35,6 +35,22 @@ def test_products_and_their_gradients_are_true_fp32():
 
 
 @in_own_process
+def test_a_wide_matrix_that_lies_the_other_way_round_is_multiplied_in_the_other_order():
+    from unittest import mock
+
+    from megagpt.parallel import cpu_kernels
+
+    torch.manual_seed(0)
+    grad, x = torch.randn(128, 2000), torch.randn(128, 24)
+    with mock.patch.object(cpu_kernels, "_linear", wraps=cpu_kernels._linear) as linear:
+        found = cpu_kernels._mm(grad.t(), x)
+    (call,) = linear.call_args_list
+    assert call.args[0].shape == (24, 128), "the smaller one is copied"
+    assert found.is_contiguous()
+    assert relative_error(found, grad.t().double() @ x.double()) < 1e-6
+
+
+@in_own_process
 def test_other_products_are_torchs_own():
     left, right = torch.randn(120, 100), torch.randn(100, 110)
     calls = {
