@@ -147,10 +147,10 @@ def _lose(
         scale: factor of the gradients.
         counts_C: False for tokens without loss and gradient; None: all count.
     """
-    if Fusable.are_fused and parallel_state.get_tensor_model_parallel_world_size() == 1:
-        loss, grad_CV = _whole_cross_entropy(logits_CV, labels_C, num_real_tokens, softcap, scale, counts_C)
+    if Fusable.are_fused:
+        losses_C, grad_CV = _fused_cross_entropy(logits_CV, labels_C, num_real_tokens, softcap, scale, counts_C)
         logits_CV.copy_(grad_CV)
-        return loss
+        return losses_C.sum()
     wide_CV = logits_CV.float()
     if softcap is None:
         bent_CV = None
@@ -165,8 +165,7 @@ def _lose(
     return losses_C.sum()
 
 
-@Fusable
-def _whole_cross_entropy(
+def _fused_cross_entropy(
     logits_CV: Tensor,
     labels_C: Tensor,
     num_real_tokens: int,
@@ -174,27 +173,73 @@ def _whole_cross_entropy(
     scale: float,
     counts_C: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the losses, and `scale` x their gradients in the type of the logits; arguments as for `_lose`. To be
-    compiled: nothing is in place, and no rank is asked."""
-    wide_CV = logits_CV.float()
-    bent_CV = None
-    if softcap is not None:
-        bent_CV = torch.tanh(wide_CV / softcap)
-        wide_CV = bent_CV * softcap
-    column_V = torch.arange(wide_CV.shape[1], device=wide_CV.device)
-    wide_CV = torch.where(column_V < num_real_tokens, wide_CV, float("-inf"))
-    shifted_CV = wide_CV - wide_CV.amax(1, keepdim=True)
-    exponentials_CV = shifted_CV.exp()
-    normalisers_C1 = exponentials_CV.sum(1, keepdim=True)
-    is_label_CV = column_V == labels_C.unsqueeze(1)
-    losses_C = normalisers_C1.squeeze(1).log() - torch.where(is_label_CV, shifted_CV, 0.0).sum(1)
-    grad_CV = exponentials_CV * (scale / normalisers_C1) - torch.where(is_label_CV, scale, 0.0)
-    if bent_CV is not None:
-        grad_CV = grad_CV * (1 - bent_CV**2)
+    """Losses [C], and `scale` x their gradients in the type of the logits; arguments as for `_lose`.
+
+    Each of its three passes is a kernel that reads the logits as they are, and nothing as large is ever in fp32.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
+    largest_C = _largest(logits_CV, num_real_tokens, softcap)
+    if is_split:
+        dist.all_reduce(largest_C, op=dist.ReduceOp.MAX, group=group)
+    sums_2C = _sums(logits_CV, labels_C, largest_C, num_real_tokens, softcap)
+    if is_split:
+        dist.all_reduce(sums_2C, group=group)
+    normalisers_C, label_logits_C = sums_2C
+    losses_C = normalisers_C.log() - label_logits_C
+    factors_C = torch.full_like(losses_C, scale)
     if counts_C is not None:
-        losses_C = torch.where(counts_C, losses_C, 0.0)
-        grad_CV = torch.where(counts_C.unsqueeze(1), grad_CV, 0.0)
-    return losses_C.sum(), grad_CV.to(logits_CV.dtype)
+        losses_C.masked_fill_(~counts_C, 0.0)
+        factors_C.masked_fill_(~counts_C, 0.0)
+    grad_CV = _gradients(logits_CV, labels_C, largest_C, normalisers_C, factors_C, num_real_tokens, softcap)
+    return losses_C, grad_CV
+
+
+@Fusable
+def _largest(logits_CV: Tensor, num_real_tokens: int, softcap: float | None) -> Tensor:
+    """Largest logit of each token among this rank's, [C] fp32."""
+    return _bent(logits_CV, num_real_tokens, softcap)[0].amax(1)
+
+
+@Fusable
+def _sums(
+    logits_CV: Tensor, labels_C: Tensor, largest_C: Tensor, num_real_tokens: int, softcap: float | None
+) -> Tensor:
+    """Over this rank's columns: of exp(logit - largest), and of logit - largest at the label; [2, C]."""
+    shifted_CV = _bent(logits_CV, num_real_tokens, softcap)[0] - largest_C.unsqueeze(1)
+    at_label_CV = torch.where(_is_label(logits_CV, labels_C), shifted_CV, 0.0)
+    return torch.stack((shifted_CV.exp().sum(1), at_label_CV.sum(1)))
+
+
+@Fusable
+def _gradients(
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    largest_C: Tensor,
+    normalisers_C: Tensor,
+    factors_C: Tensor,
+    num_real_tokens: int,
+    softcap: float | None,
+) -> Tensor:
+    """Factor of the token x (softmax - one-hot), through the soft cap; in the type of the logits."""
+    bent_CV, slope_CV = _bent(logits_CV, num_real_tokens, softcap)
+    probabilities_CV = (bent_CV - largest_C.unsqueeze(1)).exp() / normalisers_C.unsqueeze(1)
+    grad_CV = (probabilities_CV - _is_label(logits_CV, labels_C).float()) * factors_C.unsqueeze(1)
+    return (grad_CV if slope_CV is None else grad_CV * slope_CV).to(logits_CV.dtype)
+
+
+def _bent(logits_CV: Tensor, num_real_tokens: int, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Logits in fp32, capped, padding at -inf, and the slope of the cap."""
+    wide_CV, slope_CV = logits_CV.float(), None
+    if softcap is not None:
+        tanh_CV = torch.tanh(wide_CV / softcap)
+        wide_CV, slope_CV = tanh_CV * softcap, 1 - tanh_CV**2
+    is_padding_V = torch.arange(wide_CV.shape[1], device=wide_CV.device) >= num_real_tokens
+    return torch.where(is_padding_V, float("-inf"), wide_CV), slope_CV
+
+
+def _is_label(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
+    return torch.arange(logits_CV.shape[1], device=logits_CV.device) == labels_C.unsqueeze(1)
 
 
 def _cross_entropy(

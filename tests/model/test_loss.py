@@ -43,14 +43,18 @@ def found(
     tensor_size: int = 1,
     softcap: float | None = None,
     masked: bool = False,
+    fused: bool = False,
 ) -> list[torch.Tensor]:
-    """The same from `head_loss`, on this rank's part of the vocabulary."""
+    """The same from `head_loss`, on this rank's part of the vocabulary; `fused`: by what GPUs compile, run as it is."""
     from megatron.core import tensor_parallel
 
     from megagpt.model import loss as module
+    from megagpt.model.fusion import Fusable
     from megagpt.parallel.launch import detect_launch
     from megagpt.parallel.ranks import start_ranks, start_single_process
 
+    Fusable.are_fused = fused
+    Fusable.compiled = property(lambda function: function.eager)
     module.head_chunk_tokens = lambda *_: tokens_per_chunk
     module.CACHED_BYTES = 7 * 4 * PADDED  # some rows at a time, the last time fewer
     ranks = start_ranks(tiny_plan(tp=2), detect_launch()) if tensor_size > 1 else start_single_process()
@@ -102,6 +106,17 @@ def test_labels_below_zero_do_not_count(tensor_size, tokens_per_chunk):
 def test_logits_may_be_soft_capped():
     results = run_ranks(found, 2, torch.float32, 16, tensor_size=2, softcap=4.0)
     assert largest_difference(results, torch.float32, softcap=4.0) < 1e-6
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("tensor_size", [1, 2])
+def test_what_gpus_compile_is_the_same(tensor_size, softcap, masked):
+    options = {"softcap": softcap, "masked": masked}
+    results = run_ranks(found, tensor_size, torch.float32, 16, tensor_size=tensor_size, fused=True, **options)
+    assert largest_difference(results, torch.float32, **options) < 1e-6
+    results = run_ranks(found, tensor_size, torch.bfloat16, 16, tensor_size=tensor_size, fused=True, **options)
+    assert largest_difference(results, torch.bfloat16, **options) < 2**-6
 
 
 @pytest.mark.parametrize("tokens_per_chunk", [TOKENS, 16])
