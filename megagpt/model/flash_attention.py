@@ -2,7 +2,8 @@
 
 torch's fused attention can be handed to FlashAttention 3 (arXiv 2407.08608; Hopper) or 4 (Hopper and Blackwell). Before
 a run uses one it has to show on each rank's device, with the heads and windows of the model, that its results and
-gradients are as close to those in fp64 as torch's own are.
+gradients are as close to those in fp64 as torch's own are. So has torch's kernel for windows and documents, beside the
+blocks and documents that are attended to one after the other without it.
 """
 
 import math
@@ -18,6 +19,7 @@ from megagpt.errors import ConfigError
 from megagpt.model.causal_attention import causal_attention
 from megagpt.model.documents import Documents, document_attention
 from megagpt.model.transformer_config import softmax_scale
+from megagpt.model.varlen import torchs_kernel, use_kernel
 from megagpt.plan import Plan
 
 ALLOWED = 3.0
@@ -60,7 +62,7 @@ class Trial:
 
 
 def choose_flash_attention(plan: Plan, device: torch.device, gather: Callable[[Trial], list[Trial]]) -> str | None:
-    """Put the kernel that the plan asks for in place for this process. Collective; all ranks get the same.
+    """Put the kernels that the plan asks for in place for this process. Collective; all ranks get the same.
 
     Args:
         plan: gives `training.flash_attention`, heads, windows and precision.
@@ -68,21 +70,25 @@ def choose_flash_attention(plan: Plan, device: torch.device, gather: Callable[[T
         gather: gives the trials of all ranks, in rank order.
 
     Returns:
-        What to tell the user; None: torch's own kernel is used, and nothing newer was found.
+        What to tell the user; None: torch's own kernels are used, and nothing newer was found.
 
     Raises:
         ConfigError: the one asked for cannot be used.
     """
     asked = plan.run.training.flash_attention
     is_cuda = device.type == "cuda" and torch.version.hip is None
-    if not is_cuda or asked == "torch" or not can_be_used(plan):
+    if not is_cuda or not can_be_used(plan):
         return None
-    refused = []
+    remark = _choose_kernel_of_runs(plan, device, gather)
+    if asked == "torch":
+        return remark
+    told = [] if remark is None else [remark]
     for kernel in (kernel for kernel in KERNELS if asked in ("auto", kernel.name)):
         trials = gather(_try(kernel, plan, device))
-        bad = next(((rank, trial) for rank, trial in enumerate(trials) if not trial.is_good), None)
+        bad = _first_bad(trials)
         if bad is None:
-            return f"attention by {kernel.name}, which computes here what torch's own kernel does"
+            told.append(f"attention by {kernel.name}, which computes here what torch's own kernel does")
+            break
         restore()
         rank, trial = bad
         if asked != "auto":
@@ -93,8 +99,23 @@ def choose_flash_attention(plan: Plan, device: torch.device, gather: Callable[[T
                 f"training.flash_attention={asked} cannot be used on rank {rank}: {obstacle}; use auto or torch"
             )
         if trial.obstacle:
-            refused.append(f"{kernel.name} is installed but not used: rank {rank}: {trial.obstacle}")
-    return "; ".join(refused) or None
+            told.append(f"{kernel.name} is installed but not used: rank {rank}: {trial.obstacle}")
+    return "; ".join(told) or None
+
+
+def _choose_kernel_of_runs(plan: Plan, device: torch.device, gather: Callable[[Trial], list[Trial]]) -> str | None:
+    """Use torch's kernel for windows and documents if all ranks have it and it is right; what to tell if it is not."""
+    use_kernel(False)
+    has_it = torchs_kernel() is not None
+    bad = _first_bad(gather(_tried(partial(use_kernel, True), plan, device) if has_it else Trial(False)))
+    use_kernel(bad is None)
+    if bad is None or not bad[1].obstacle:
+        return None
+    return f"torch's kernel for windows and documents is not used: rank {bad[0]}: {bad[1].obstacle}"
+
+
+def _first_bad(trials: list[Trial]) -> tuple[int, Trial] | None:
+    return next(((rank, trial) for rank, trial in enumerate(trials) if not trial.is_good), None)
 
 
 def can_be_used(plan: Plan) -> bool:
@@ -126,10 +147,15 @@ def _try(kernel: Kernel, plan: Plan, device: torch.device) -> Trial:
     if not torch_can_change() or torch.cuda.get_device_capability(device)[0] not in kernel.majors:
         return Trial(False)
     restore()
+    return _tried(partial(activate, kernel.name), plan, device, kernel.module)
+
+
+def _tried(activate: Callable[[], None], plan: Plan, device: torch.device, module: str | None = None) -> Trial:
+    """`prove`, whatever it meets; without the module of that name there is nothing to tell."""
     try:
-        return prove(partial(activate, kernel.name), plan, device)
+        return prove(activate, plan, device)
     except Exception as error:  # whatever a package that does not fit this host raises
-        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == kernel.module:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == module:
             return Trial(False)
         return Trial(False, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
 
@@ -151,9 +177,7 @@ def prove(activate: Callable[[], None], plan: Plan, device: torch.device) -> Tri
         for what, distance, limit in zip("oqkv", _distances(attend, inputs, right), allowed, strict=True):
             if not distance <= ALLOWED * limit:  # also if it is none
                 of = "the result" if what == "o" else f"the gradient of {what}"
-                return Trial(
-                    False, f"in {name}, {of} is {distance:.1e} from that in fp64, of torch's own kernel {limit:.1e}"
-                )
+                return Trial(False, f"in {name}, {of} is {distance:.1e} from that in fp64, without it {limit:.1e}")
     return Trial(True)
 
 

@@ -14,6 +14,13 @@ import torch
 from torch import Tensor
 
 Kernel = Callable[..., Tensor]
+_is_used = True
+
+
+def use_kernel(is_used: bool) -> None:
+    """Whether this process uses the kernel, where it has it."""
+    global _is_used
+    _is_used = is_used
 
 
 def kernel_of_runs(query: Tensor, dropout: float) -> Kernel | None:
@@ -22,7 +29,7 @@ def kernel_of_runs(query: Tensor, dropout: float) -> Kernel | None:
     It is for GPUs since Ampere, 16 bits and heads of up to 256 channels in steps of 8, without dropout; unlike
     `scaled_dot_product_attention` it neither pads nor falls back (aten/native/transformers/cuda/flash_attn).
     """
-    if not query.is_cuda or query.dtype.itemsize != 2 or dropout > 0:
+    if not _is_used or not query.is_cuda or query.dtype.itemsize != 2 or dropout > 0:
         return None
     channels = query.shape[-1]
     suits = channels % 8 == 0 and channels <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)

@@ -9,12 +9,18 @@ import torch
 import torch.nn.functional as F
 
 from megagpt.errors import ConfigError
+from megagpt.model import varlen
 from megagpt.plan import deepspeed_config_from_dict, make_plan, run_config_from_dict
 
 pytestmark = pytest.mark.usefixtures("libraries")
 
 CPU = torch.device("cpu")
 TORCHS = F.scaled_dot_product_attention
+
+
+@pytest.fixture(autouse=True)
+def _kernel_of_runs(monkeypatch):
+    monkeypatch.setattr(varlen, "_is_used", True)
 
 
 def plan_of(asked="auto", **model):
@@ -101,6 +107,7 @@ def choose(monkeypatch, asked, planted, others=()):
     from megagpt.model import flash_attention as module
 
     monkeypatch.setattr(module, "_try", lambda kernel, plan, device: planted.get(kernel.name, module.Trial(False)))
+    monkeypatch.setattr(module, "torchs_kernel", lambda: None)
     restored = []
     monkeypatch.setattr(module, "restore", lambda: restored.append(1))
     said = module.choose_flash_attention(plan_of(asked), Device(), lambda trial: [trial, *others])
@@ -123,6 +130,34 @@ def test_the_first_kernel_that_is_right_on_all_ranks_is_used(monkeypatch):
     assert said == "FA3 is installed but not used: rank 2: the result is off"
     assert is_restored
     assert choose(monkeypatch, "torch", {"FA3": good}) == (None, False)
+
+
+@pytest.mark.parametrize("asked", ["auto", "torch"])
+def test_torchs_kernel_of_runs_has_to_be_right_too(monkeypatch, asked):
+    from megagpt.model import flash_attention as module
+
+    monkeypatch.setattr(module, "restore", lambda: None)
+    monkeypatch.setattr(module, "_try", lambda kernel, plan, device: module.Trial(False))
+    monkeypatch.setattr(module, "torchs_kernel", lambda: "kernel")
+    seen = []
+
+    def prove(activate, plan, device):
+        seen.append(varlen._is_used)
+        activate()
+        seen.append(varlen._is_used)
+        return module.Trial(True)
+
+    monkeypatch.setattr(module, "prove", prove)
+    assert module.choose_flash_attention(plan_of(asked), Device(), lambda trial: [trial]) is None
+    assert seen == [False, True], "it is held against what is done without it"
+    assert varlen._is_used
+
+    def gather(trial):
+        return [trial, module.Trial(False, "the result is off")] if trial.is_good else [trial]
+
+    said = module.choose_flash_attention(plan_of(asked), Device(), gather)
+    assert said == "torch's kernel for windows and documents is not used: rank 1: the result is off"
+    assert not varlen._is_used
 
 
 def test_one_that_was_asked_for_and_cannot_be_used_is_an_error(monkeypatch):
@@ -180,6 +215,7 @@ def test_a_torch_that_knows_one_kernel_only_uses_that(hopper, monkeypatch):
 
     for name in ("activate_flash_attention_impl", "restore_flash_attention_impl"):
         monkeypatch.delattr(torch.nn.attention, name, raising=False)
+    monkeypatch.setattr(module, "torchs_kernel", lambda: None)
     assert module.choose_flash_attention(plan_of(), Device(), lambda trial: [trial]) is None
     with pytest.raises(ConfigError, match="not installed there"):
         module.choose_flash_attention(plan_of("FA3"), Device(), lambda trial: [trial])
