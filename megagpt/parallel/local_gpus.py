@@ -14,7 +14,7 @@ def visible_gpus() -> list[str]:
     one that has looked could not use them."""
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True, check=False)
-    count = int(found.stdout) if found.returncode == 0 else 0
+    count = int(found.stdout.split()[-1]) if found.returncode == 0 else 0  # imports may print something before
     names = asked.split(",") if asked else [str(index) for index in range(count)]
     return names[:count]
 
