@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megagpt.model.activation import GATES
 from megagpt.model.attention import SDPAttention
 from megagpt.model.experts import count_in_router
 from megagpt.model.norm import HeadNorm, Norm
@@ -18,11 +19,9 @@ from megagpt.plan import Plan
 from megagpt.plan.config import ModelConfig
 
 _ACTIVATIONS: dict[str, Callable] = {
-    "swiglu": F.silu,
-    "geglu": F.gelu,
-    "geglu_tanh": partial(F.gelu, approximate="tanh"),
+    **{name: activation for name, (activation, _) in GATES.items()},
     "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_tanh": GATES["geglu_tanh"][0],
     "relu": F.relu,
 }
 

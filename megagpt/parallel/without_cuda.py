@@ -46,8 +46,8 @@ def support_hosts_without_cuda() -> None:
     keep_freed_memory()
     if mkl_is_slow():
         multiply_with_onednn()
-    if slow_types():
-        attend_in_blocks(slow_types())
+    if types := slow_types():
+        attend_in_blocks(types)
 
 
 class _CpuStream(torch.cpu.Stream):

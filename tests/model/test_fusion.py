@@ -3,8 +3,7 @@
 import pytest
 import torch
 from ranks import in_own_process
-
-from megagpt.plan import deepspeed_config_from_dict, make_plan, run_config_from_dict
+from tiny import tiny_plan
 
 pytestmark = pytest.mark.usefixtures("libraries")
 
@@ -16,15 +15,7 @@ class Device:
 
 
 def plan_of(**training):
-    model = {
-        "num_layers": 2,
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "vocab_size": 100,
-        "max_position_embeddings": 64,
-    }
-    tree = {"model": model, "training": {"steps": 1, **training}}
-    return make_plan(run_config_from_dict(tree), deepspeed_config_from_dict({"train_batch_size": 1}, "ds.json"), 1)
+    return tiny_plan(sections={"training": training})
 
 
 @pytest.fixture
