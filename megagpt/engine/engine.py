@@ -26,7 +26,7 @@ from megagpt.engine.pipeline import PlannedPipeline, pipeline_module
 from megagpt.engine.swap_folder import SwapFolder, prepare_swap_folder
 from megagpt.engine.weights import finish, finish_cut, named_parameters
 from megagpt.errors import ConfigError
-from megagpt.model import GPT, choose_flash_attention, fuse, set_auxiliary_loss_scale
+from megagpt.model import GPT, choose_flash_attention, fuse, group_experts, set_auxiliary_loss_scale
 from megagpt.optim import build_optimizer
 from megagpt.parallel.ranks import Ranks, set_group_timeout
 from megagpt.plan import Plan
@@ -129,7 +129,8 @@ class Engine:
         return StepResult(loss, norm, loss_scale, skipped, problem)
 
     def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
-        self._wrapped.train()
+        if not self._wrapped.training:  # it takes milliseconds to tell all modules
+            self._wrapped.train()
         total = torch.zeros((), device=self.ranks.device)
         self._guard.begin_step(lambda: total, self.plan.num_microbatches)
         for _ in range(self.plan.num_microbatches):
@@ -300,6 +301,7 @@ def build_engine(
     remarks = [
         choose_flash_attention(plan, ranks.device, ranks.gather_objects),
         fuse(plan, ranks.device, ranks.gather_objects),
+        group_experts(plan, ranks.device, ranks.gather_objects),
     ]
     remark = "; ".join(filter(None, remarks)) or None
     swap_folder = prepare_swap_folder(plan, ranks) if plan.deepspeed.optimizer_is_on_disk else None
@@ -336,6 +338,8 @@ def _build(
         dist_init_required=False,
     )
     skip_reduction_by_one_rank(wrapped)
+    if isinstance(wrapped.optimizer, BF16_Optimizer):
+        add_gradients_in_one_pass(wrapped.optimizer)
     share_fp32_weights(wrapped.optimizer)
     return module, optimizer, wrapped
 
@@ -348,3 +352,15 @@ def skip_reduction_by_one_rank(wrapped: Any) -> None:
     optimizer = wrapped.optimizer
     if isinstance(optimizer, BF16_Optimizer) and all(count == 1 for count in optimizer.partition_count):
         wrapped.enable_backward_allreduce = wrapped.pipeline_enable_backward_allreduce = False
+
+
+def add_gradients_in_one_pass(optimizer: BF16_Optimizer) -> None:
+    """Add each gradient to its fp32 sum as it is. DeepSpeed would first make an fp32 copy: one more pass and kernel."""
+
+    def accumulate(parameter: Any, group: int, index: int) -> None:
+        total = optimizer.fp32_groups_gradients[group][index]
+        total.add_(parameter.grad.view(total.shape))
+        optimizer.fp32_groups_has_gradients[group][index] = True
+        parameter._hp_grad, parameter.grad = total, None
+
+    optimizer.accumulate_hp_grads_and_remove_lp = accumulate

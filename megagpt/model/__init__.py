@@ -5,6 +5,7 @@ from megagpt.model.experts import expert_parameters, set_auxiliary_loss_scale, t
 from megagpt.model.flash_attention import choose_flash_attention
 from megagpt.model.fusion import fuse
 from megagpt.model.gpt import GPT, PipelineLayer, pipeline_layers
+from megagpt.model.grouped_experts import group_experts
 from megagpt.model.initialize import initialize_weights
 from megagpt.model.layers import Head, TiedHead
 from megagpt.model.norm import is_partial_over_tensor_ranks
@@ -22,6 +23,7 @@ __all__ = [
     "choose_flash_attention",
     "expert_parameters",
     "fuse",
+    "group_experts",
     "initialize_weights",
     "is_partial_over_tensor_ranks",
     "partition_of",

@@ -30,6 +30,10 @@ class GatedActivation(nn.Module):
         """[..., 2 F] (gate, then up) -> [..., F]."""
         return _Gate.apply(projected.flatten(0, -2), self.name).unflatten(0, projected.shape[:-1])
 
+    def weighted(self, projected_TF: Tensor, weights_T: Tensor) -> Tensor:
+        """[T, 2 F] -> [T, F], each token times its weight (in fp32)."""
+        return _WeightedGate.apply(projected_TF, weights_T, self.name)
+
 
 class _Gate(torch.autograd.Function):
     @staticmethod
@@ -42,6 +46,19 @@ class _Gate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _gradient_of_gated(grad, ctx.saved_tensors[0], ctx.name), None
+
+
+class _WeightedGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, projected_TF: Tensor, weights_T: Tensor, name: str) -> Tensor:
+        ctx.save_for_backward(projected_TF, weights_T)
+        ctx.name = name
+        return _weighted(projected_TF, weights_T, name)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_gradients_of_weighted(grad, *ctx.saved_tensors, ctx.name), None
 
 
 def _gelu_tanh(gate: Tensor) -> Tensor:
@@ -72,3 +89,15 @@ def _gradient_of_gated(grad: Tensor, projected: Tensor, name: str) -> Tensor:
     activation, derive = GATES[name]
     gate, up = projected.chunk(2, -1)
     return torch.cat([derive(grad * up, gate), grad * activation(gate)], -1)
+
+
+@Fusable
+def _weighted(projected: Tensor, weights: Tensor, name: str) -> Tensor:
+    return (_gated.eager(projected, name) * weights.unsqueeze(-1)).to(projected.dtype)
+
+
+@Fusable
+def _gradients_of_weighted(grad: Tensor, projected: Tensor, weights: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    grad_weights = (grad * _gated.eager(projected, name)).sum(-1, dtype=torch.float32).to(weights.dtype)
+    grad = (grad * weights.unsqueeze(-1)).to(grad.dtype)
+    return _gradient_of_gated.eager(grad, projected, name), grad_weights

@@ -1,18 +1,23 @@
-"""Mixture-of-experts layers: Megatron-Core's, with a router that counts where it sends tokens.
+"""Mixture-of-experts layers: Megatron-Core's, with parts of our own, and a router that counts where it sends tokens.
 
 Shapes: T tokens of this rank in a micro-batch, E experts of a layer.
 """
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
+
+from megagpt.model.grouped_experts import GroupedExperts
+from megagpt.model.token_dispatcher import TokenDispatcher
 
 
 class CountingRouter(TopKRouter):
@@ -87,12 +92,27 @@ def set_auxiliary_loss_scale(scale: float, device: torch.device) -> None:
     MoEAuxLossAutoScaler.main_loss_backward_scale = torch.full((), scale, device=device)
 
 
-def count_in_router(mlp: ModuleSpec) -> None:
-    """Put our router into Megatron-Core's fresh spec of a mixture-of-experts layer."""
+def use_own_parts(mlp: ModuleSpec) -> None:
+    """Put our router and our experts into Megatron-Core's fresh spec of a mixture-of-experts layer."""
     if isinstance(mlp, ModuleSpec):  # Megatron-Core 0.16
-        mlp.submodules = dataclasses.replace(mlp.submodules, router=CountingRouter)
+        experts = dataclasses.replace(mlp.submodules.experts, module=GroupedExperts)
+        mlp.submodules = dataclasses.replace(mlp.submodules, router=CountingRouter, experts=experts)
     else:  # later ones: functools.partial
-        mlp.keywords["submodules"] = dataclasses.replace(mlp.keywords["submodules"], router=CountingRouter)
+        submodules = mlp.keywords["submodules"]
+        experts = partial(GroupedExperts, **submodules.experts.keywords)
+        mlp.keywords["submodules"] = dataclasses.replace(submodules, router=CountingRouter, experts=experts)
+
+
+def use_own_dispatcher(block: nn.Module) -> None:
+    """Put our dispatcher into the mixture-of-experts layers of a block, where it does all-to-alls.
+
+    Megatron-Core's layer builds its own, and has to be that very class to be given its process groups.
+    """
+    for layer in block.modules():
+        if isinstance(layer, MoELayer) and type(layer.token_dispatcher) is MoEAlltoAllTokenDispatcher:
+            layer.token_dispatcher = TokenDispatcher(
+                layer.num_local_experts, layer.local_expert_indices, layer.config, get_default_pg_collection()
+            )
 
 
 def expert_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -80,7 +80,7 @@ def choose_flash_attention(plan: Plan, device: torch.device, gather: Callable[[T
     if not is_cuda or not can_be_used(plan):
         return None
     remark = _choose_kernel_of_runs(plan, device, gather)
-    if asked == "torch":
+    if asked == "torch" or plan.run.training.deterministic:
         return remark
     told = [] if remark is None else [remark]
     for kernel in (kernel for kernel in KERNELS if asked in ("auto", kernel.name)):

@@ -20,7 +20,7 @@ class Fusable(Generic[R]):
     """A function of tensors that is compiled once `fuse` has found that this works.
 
     Args:
-        function: computes on any device, without side effects; autograd does not look into it.
+        function: computes on any device; may write to its tensors; autograd does not look into it.
     """
 
     are_fused = False

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from megagpt.model.activation import GatedActivation
 from megagpt.model.attention import Positions
 from megagpt.model.documents import Documents
+from megagpt.model.experts import use_own_dispatcher
 from megagpt.model.loss import head_loss
 from megagpt.model.norm import Norm
 from megagpt.model.rotary import Rotary, Tables
@@ -114,6 +115,7 @@ class Layer(nn.Module):
         elif plan.model.post_layernorms:
             spec.module = SandwichNormLayer
         self.block = build_module(spec, config=config, layer_number=index + 1)
+        use_own_dispatcher(self.block)
         if config.gated_linear_unit:
             for mlp in (module for module in self.block.modules() if isinstance(module, MLP)):
                 mlp.activation_func = GatedActivation(plan.model.activation)

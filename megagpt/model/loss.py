@@ -148,9 +148,7 @@ def _lose(
         counts_C: False for tokens without loss and gradient; None: all count.
     """
     if Fusable.are_fused:
-        losses_C, grad_CV = _fused_cross_entropy(logits_CV, labels_C, num_real_tokens, softcap, scale, counts_C)
-        logits_CV.copy_(grad_CV)
-        return losses_C.sum()
+        return _fused_cross_entropy(logits_CV, labels_C, num_real_tokens, softcap, scale, counts_C).sum()
     wide_CV = logits_CV.float()
     if softcap is None:
         bent_CV = None
@@ -172,8 +170,8 @@ def _fused_cross_entropy(
     softcap: float | None,
     scale: float,
     counts_C: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Losses [C], and `scale` x their gradients in the type of the logits; arguments as for `_lose`.
+) -> Tensor:
+    """Losses [C]; `scale` x their gradients take the place of the logits. Arguments as for `_lose`.
 
     Each of its three passes is a kernel that reads the logits as they are, and nothing as large is ever in fp32.
     """
@@ -191,8 +189,8 @@ def _fused_cross_entropy(
     if counts_C is not None:
         losses_C.masked_fill_(~counts_C, 0.0)
         factors_C.masked_fill_(~counts_C, 0.0)
-    grad_CV = _gradients(logits_CV, labels_C, largest_C, normalisers_C, factors_C, num_real_tokens, softcap)
-    return losses_C, grad_CV
+    _write_gradients(logits_CV, labels_C, largest_C, normalisers_C, factors_C, num_real_tokens, softcap)
+    return losses_C
 
 
 @Fusable
@@ -212,7 +210,7 @@ def _sums(
 
 
 @Fusable
-def _gradients(
+def _write_gradients(
     logits_CV: Tensor,
     labels_C: Tensor,
     largest_C: Tensor,
@@ -220,12 +218,12 @@ def _gradients(
     factors_C: Tensor,
     num_real_tokens: int,
     softcap: float | None,
-) -> Tensor:
-    """Factor of the token x (softmax - one-hot), through the soft cap; in the type of the logits."""
+) -> None:
+    """Factor of the token x (softmax - one-hot), through the soft cap, in the place of the logits."""
     bent_CV, slope_CV = _bent(logits_CV, num_real_tokens, softcap)
     probabilities_CV = (bent_CV - largest_C.unsqueeze(1)).exp() / normalisers_C.unsqueeze(1)
     grad_CV = (probabilities_CV - _is_label(logits_CV, labels_C).float()) * factors_C.unsqueeze(1)
-    return (grad_CV if slope_CV is None else grad_CV * slope_CV).to(logits_CV.dtype)
+    logits_CV.copy_(grad_CV if slope_CV is None else grad_CV * slope_CV)
 
 
 def _bent(logits_CV: Tensor, num_real_tokens: int, softcap: float | None) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megagpt.model.activation import GATES
 from megagpt.model.attention import SDPAttention
-from megagpt.model.experts import count_in_router
+from megagpt.model.experts import use_own_parts
 from megagpt.model.norm import HeadNorm, Norm
 from megagpt.plan import Plan
 from megagpt.plan.config import ModelConfig
@@ -100,7 +100,7 @@ def _expert_options(plan: Plan) -> dict[str, Any]:
 
 
 def layer_spec(config: TransformerConfig, plan: Plan, index: int) -> ModuleSpec:
-    """Megatron-Core's local layer spec with our norms, attention core and router.
+    """Megatron-Core's local layer spec with our norms, attention core, router and experts.
 
     Args:
         config: Megatron-Core's config.
@@ -112,7 +112,7 @@ def layer_spec(config: TransformerConfig, plan: Plan, index: int) -> ModuleSpec:
     num_experts = config.num_moe_experts if has_experts else None
     spec = get_gpt_layer_local_spec(num_experts=num_experts, normalization=config.normalization)
     if has_experts:
-        count_in_router(spec.submodules.mlp)
+        use_own_parts(spec.submodules.mlp)
     recompute = plan.run.training.recompute_granularity == "selective"
     attention = dataclasses.replace(
         spec.submodules.self_attention.submodules,

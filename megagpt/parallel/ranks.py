@@ -166,6 +166,7 @@ def start_ranks(plan: Plan, launch: Launch, problem: RankError | None = None) ->
     import deepspeed
 
     launch.export()
+    fix_order_of_sums(plan.run.training.deterministic)
     own_problem: MegagptError | None = problem
     try:
         choose_interface(launch.master_addr)
@@ -190,6 +191,18 @@ def start_ranks(plan: Plan, launch: Launch, problem: RankError | None = None) ->
         plan.expert_parallel_size,
         plan.run.training.seed,
     )
+
+
+def fix_order_of_sums(wanted: bool) -> None:
+    """Have torch use only kernels that give the same bits each time, or, as it does by itself, the fastest ones.
+
+    Args:
+        wanted: `training.deterministic`. cuBLAS heeds it if this process has not used it yet.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(wanted)
 
 
 def overlap_collectives(plan: Plan) -> None:

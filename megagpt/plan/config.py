@@ -267,6 +267,13 @@ class TrainingConfig(Section):
     compile: bool = True
     """On GPUs: elementwise functions (rotary positions, gated activations, cross-entropy) become single kernels by
     torch.compile, which takes some seconds of the first step."""
+    deterministic: bool = False
+    """On GPUs: only kernels that add up in a fixed order, so that the same run gives the same numbers, to the last bit;
+    long attention's backward pass takes longer so, and an operation that has no such kernel ends the run. On CPUs this
+    is so anyway."""
+    moe_grouped_gemm: bool = True
+    """On GPUs of compute capability 9 or 10, in bf16, under ZeRO 1 and 2: experts are computed all at once by
+    torch's grouped_mm, which has to show when the run starts that it is right. Elsewhere it says nothing."""
     eval_interval: NonNegative = 0
     """Steps between evaluations on the validation split; 0 evaluates at the end only."""
     eval_batches: Positive = 8

@@ -115,4 +115,7 @@ def evaluation_plan(
 
 def _is_of_training(key: str) -> bool:
     """Says how to do what an evaluation does not do, or what another host may not be able to."""
-    return key in ("recompute_granularity", "flash_attention", "compile") or key in FULL_ONLY_KEYS
+    return (
+        key in ("recompute_granularity", "flash_attention", "compile", "deterministic", "moe_grouped_gemm")
+        or key in FULL_ONLY_KEYS
+    )

@@ -260,17 +260,19 @@ def check_sequence(run: RunConfig) -> list[str]:
 
 
 def check_flash_attention(run: RunConfig) -> list[str]:
-    """The newer kernels compute without dropout and bent scores; in fp32 and on CPUs they are not asked for."""
+    """The newer kernels compute without dropout and bent scores, and add up in any order; in fp32 and on CPUs they are
+    not asked for."""
     model, asked = run.model, run.training.flash_attention
     reasons = {
         f"model.attention_dropout={model.attention_dropout}": model.attention_dropout > 0,
         f"model.attn_logit_softcapping={model.attn_logit_softcapping}": model.attn_logit_softcapping is not None,
+        "training.deterministic=true": run.training.deterministic,
     }
     if asked in ("auto", "torch"):
         return []
     return [
-        f"training.flash_attention={asked} computes attention without dropout and soft caps, but {reason}; "
-        "set it to auto"
+        f"training.flash_attention={asked} computes attention without dropout and soft caps, in any order, but "
+        f"{reason}; set it to auto"
         for reason, is_so in reasons.items()
         if is_so
     ]

@@ -35,6 +35,23 @@ def under_deepspeed(plan) -> tuple[list[tuple[float, float]], dict[str, float]]:
     return curve, figures
 
 
+def grouped_under_deepspeed(plan) -> tuple[list[tuple[float, float]], dict[str, float]]:
+    """As `under_deepspeed`, with all experts computed at once, as on GPUs."""
+    from megagpt.engine import engine
+    from megagpt.model.grouped_experts import GroupedExperts
+
+    choose = engine.group_experts
+
+    def group_experts(*_):
+        GroupedExperts.are_grouped = True
+
+    engine.group_experts = group_experts
+    try:
+        return under_deepspeed(plan)
+    finally:
+        engine.group_experts, GroupedExperts.are_grouped = choose, False
+
+
 @pytest.fixture(scope="module")
 def references(libraries):
     cache = {}
@@ -71,10 +88,19 @@ def case_id(value) -> str:
 
 @pytest.mark.parametrize(("model", "optimizer", "layout"), CASES, ids=case_id)
 def test_layout_gives_the_single_process_curve(references, model, optimizer, layout):
+    check(references, model, optimizer, layout, under_deepspeed)
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2, "sp": True}, {"dp": 2, "ep": 2, "zero": 2}], ids=case_id)
+def test_experts_computed_at_once_give_the_same(references, layout):
+    check(references, "mixtral", SGD, layout, grouped_under_deepspeed)
+
+
+def check(references, model, optimizer, layout, train):
     plan = tiny_plan(model, optimizer, **layout)
     curve, expected_figures = references(model, optimizer)
     expected_losses, expected_norms = zip(*curve, strict=True)
-    for curve, figures in run_ranks(under_deepspeed, plan.world_size, plan):
+    for curve, figures in run_ranks(train, plan.world_size, plan):
         losses, norms = zip(*curve, strict=True)
         assert losses == pytest.approx(expected_losses, abs=1e-5)
         assert norms == pytest.approx(expected_norms, rel=1e-5)

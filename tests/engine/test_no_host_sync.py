@@ -86,8 +86,8 @@ OVERFLOW_16_BIT = {"has_overflow"}
 SHAPES_BETWEEN_STAGES = {"from_meta"}
 # Megatron-Core compares the CPU's random state, which no device has to be asked for.
 CPU_RANDOM_STATE = {"fork"}
-# The host must know how many tokens go to each expert, to cut them there.
-TOKENS_PER_EXPERT = {"permute", "sort_chunks_by_idxs", "forward"}
+# Experts that are computed one after the other: the host must know how many tokens go to each, to cut them there.
+TOKENS_PER_EXPERT = {"forward"}
 
 LAYOUTS = {
     "one rank, bf16": ("llama", dict(precision="bf16"), UPDATE | CLIPPING_BF16),

@@ -23,7 +23,7 @@ def _kernel_of_runs(monkeypatch):
     monkeypatch.setattr(varlen, "_is_used", True)
 
 
-def plan_of(asked="auto", **model):
+def plan_of(asked="auto", deterministic=False, **model):
     tree = {
         "model": {
             "num_layers": 2,
@@ -34,7 +34,7 @@ def plan_of(asked="auto", **model):
             "max_position_embeddings": 64,
             **model,
         },
-        "training": {"steps": 1, "flash_attention": asked},
+        "training": {"steps": 1, "flash_attention": asked, "deterministic": deterministic},
     }
     raw = {"train_batch_size": 1, "bf16": {"enabled": True}}
     return make_plan(run_config_from_dict(tree), deepspeed_config_from_dict(raw, source="ds.json"), 1)
@@ -102,7 +102,7 @@ class Device:
     type = "cuda"
 
 
-def choose(monkeypatch, asked, planted, others=()):
+def choose(monkeypatch, asked, planted, others=(), deterministic=False):
     """`choose_flash_attention` where this rank's trials are planted, by kernel; `others`: further ranks'."""
     from megagpt.model import flash_attention as module
 
@@ -110,7 +110,8 @@ def choose(monkeypatch, asked, planted, others=()):
     monkeypatch.setattr(module, "torchs_kernel", lambda: None)
     restored = []
     monkeypatch.setattr(module, "restore", lambda: restored.append(1))
-    said = module.choose_flash_attention(plan_of(asked), Device(), lambda trial: [trial, *others])
+    plan = plan_of(asked, deterministic)
+    said = module.choose_flash_attention(plan, Device(), lambda trial: [trial, *others])
     return said, bool(restored)
 
 
@@ -130,6 +131,7 @@ def test_the_first_kernel_that_is_right_on_all_ranks_is_used(monkeypatch):
     assert said == "FA3 is installed but not used: rank 2: the result is off"
     assert is_restored
     assert choose(monkeypatch, "torch", {"FA3": good}) == (None, False)
+    assert choose(monkeypatch, "auto", {"FA3": good}, deterministic=True) == (None, False), "it adds up in any order"
 
 
 @pytest.mark.parametrize("asked", ["auto", "torch"])

@@ -58,7 +58,7 @@ def test_a_host_without_a_compiler_says_so(monkeypatch):
 
 def cases():
     """Each function that can be fused, with arguments."""
-    from megagpt.model import activation, loss, rotary
+    from megagpt.model import activation, loss, rotary, token_dispatcher
 
     torch.manual_seed(0)
     query, key, _ = torch.randn(6, 2, 4, 24).split(8, -1)
@@ -71,11 +71,14 @@ def cases():
         "rotary, partial": (rotary._turned, query, key, angles.cos()[..., :4], angles.sin()[..., :4]),
         **{f"{name}": (activation._gated, projected, name) for name in activation.GATES},
         **{f"{name}, backward": (activation._gradient_of_gated, grad, projected, name) for name in activation.GATES},
+        "gate, weighted": (activation._weighted, projected, factors, "swiglu"),
+        "gate, weighted, backward": (activation._gradients_of_weighted, grad, projected, factors, "swiglu"),
+        "sums of copies": (token_dispatcher._sums, projected, torch.randperm(12).view(4, 3)),
         "loss": (loss._largest, logits, 28, None),
         "loss, sums": (loss._sums, logits, labels, largest, 28, None),
         "loss, capped": (loss._sums, logits, labels, largest, 28, 5.0),
-        "loss, backward": (loss._gradients, logits, labels, largest, normalisers, factors, 28, None),
-        "loss, capped, backward": (loss._gradients, logits, labels, largest, normalisers, factors, 28, 5.0),
+        "loss, backward": (loss._write_gradients, logits, labels, largest, normalisers, factors, 28, None),
+        "loss, capped, backward": (loss._write_gradients, logits, labels, largest, normalisers, factors, 28, 5.0),
     }
 
 
@@ -83,7 +86,10 @@ def cases():
 def test_the_compiler_takes_each_function_whole():
     for name, (function, *arguments) in cases().items():
         whole = torch.compile(function.eager, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(whole(*arguments), function.eager(*arguments), msg=name)
+        others = [argument.clone() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+        torch.testing.assert_close(whole(*others), function.eager(*arguments), msg=name)
+        tensors = [[given for given in list_ if isinstance(given, torch.Tensor)] for list_ in (others, arguments)]
+        torch.testing.assert_close(*tensors, msg=name)  # some write to what they are given
 
 
 @in_own_process

@@ -113,6 +113,25 @@ def test_random_states_round_trip(libraries):
     run_ranks(random_states_round_trip, 1)
 
 
+def modes(plan) -> list[tuple[bool, str | None]]:
+    """Whether torch is held to fixed orders, and cuBLAS, with the plan and then with another."""
+    from megagpt.parallel.launch import detect_launch
+    from megagpt.parallel.ranks import start_ranks
+
+    found = []
+    for each in (plan, tiny_plan()):
+        start_ranks(each, detect_launch())
+        found.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+    return found
+
+
+def test_sums_have_a_fixed_order_if_the_run_says_so(libraries, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    plan = tiny_plan(sections={"training": {"deterministic": True}})
+    (found,) = run_ranks(modes, 1, plan)
+    assert found == [(True, ":4096:8"), (False, ":4096:8")]
+
+
 def test_each_rank_gets_its_own_gpu():
     from megagpt.parallel.ranks import gpu_index
 

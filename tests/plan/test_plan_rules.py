@@ -108,6 +108,12 @@ NVME = {"device": "nvme", "nvme_path": "/local_disk"}
             1,
             "but model.attention_dropout=0.1; set it to auto",
         ),
+        (
+            {"training": {"flash_attention": "FA4", "deterministic": True}},
+            {},
+            1,
+            "in any order, but training.deterministic=true; set it to auto",
+        ),
         ({"training": DISTRIBUTED}, {}, 1, "hold copies of, but there is one; set it to false"),
         (
             {"training": DISTRIBUTED, "parallel": parallel(2, sequence=True)},

@@ -5,17 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_side_is_measured():
-    command = "tools/bench/train_step.py --sizes smoke --precisions bf16 --threads 1 --rounds 1 --steps 1"
+@pytest.mark.parametrize("size", ["smoke", "smoke-moe"])
+def test_every_side_is_measured(size):
+    command = f"tools/bench/train_step.py --sizes {size} --precisions bf16 --threads 1 --rounds 1 --steps 1"
     result = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert result.returncode in (0, 1), result.stderr  # 1: a goal is missed, which says nothing at this size
     speeds = dict(re.findall(r"│ ([\w-]+) +│ +([\d,]+) │", result.stdout))
     assert set(speeds) == {"megagpt", "torch", "trainer", "torch-pure"}
     assert all(int(speed.replace(",", "")) > 0 for speed in speeds.values())
-    assert re.search(r"missed: smoke, bf16|all goals met", result.stdout)
+    assert re.search(rf"missed: {size}, bf16|all goals met", result.stdout)
 
 
 def test_start_up_is_measured():

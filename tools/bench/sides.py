@@ -86,8 +86,15 @@ def serve(talk: Conversation, step: Callable[[int], Any]) -> None:
         talk.answer(**watch.figures())
 
 
-def run_megagpt(talk: Conversation, size_name: str, precision: str) -> None:
-    """Our engine as `megagpt.train` starts it: one rank, the shipped ZeRO-1 config."""
+def run_megagpt(talk: Conversation, size_name: str, precision: str, sequential: bool = False) -> None:
+    """Our engine as `megagpt.train` starts it: one rank, the shipped ZeRO-1 config.
+
+    Args:
+        talk: the benchmark.
+        size_name: key of `workload.SIZES`.
+        precision: fp32 or bf16.
+        sequential: compute experts one after the other on GPUs too.
+    """
     from megagpt.parallel.console import muted, quiet_libraries
     from megagpt.parallel.launch import Launch, detect_launch, free_port
     from megagpt.plan import deepspeed_config_from_dict, make_plan, run_config_from_dict
@@ -105,7 +112,7 @@ def run_megagpt(talk: Conversation, size_name: str, precision: str) -> None:
             "train_batch_size": size.microbatch_size * size.num_microbatches,
             "gradient_clipping": CLIPPING,
         }
-        plan = make_plan(run_config_from_dict(run_tree(size)), deepspeed_config_from_dict(deepspeed), 1)
+        plan = make_plan(run_config_from_dict(run_tree(size, sequential)), deepspeed_config_from_dict(deepspeed), 1)
         ranks = start_ranks(plan, launch)
         from megagpt.engine import build_engine
 
@@ -121,9 +128,14 @@ def run_megagpt(talk: Conversation, size_name: str, precision: str) -> None:
     stop_ranks()
 
 
-def run_tree(size: Size) -> dict[str, dict[str, Any]]:
-    """The run config of a size."""
-
+def run_tree(size: Size, sequential: bool = False) -> dict[str, dict[str, Any]]:
+    """The run config of a size; `sequential` as in `run_megagpt`."""
+    experts = {
+        "num_experts": size.num_experts,
+        "moe_router_topk": size.num_chosen,
+        "moe_ffn_hidden_size": size.ffn_hidden_size,
+        "moe_aux_loss_coeff": 0.0,
+    }
     return {
         "model": {
             "num_layers": size.num_layers,
@@ -132,6 +144,7 @@ def run_tree(size: Size) -> dict[str, dict[str, Any]]:
             "ffn_hidden_size": size.ffn_hidden_size,
             "vocab_size": size.vocab_size,
             "max_position_embeddings": size.seq_length,
+            **(experts if size.num_experts else {}),
         },
         "optimizer": {
             "lr": LEARNING_RATE,
@@ -140,27 +153,30 @@ def run_tree(size: Size) -> dict[str, dict[str, Any]]:
             "beta2": BETAS[1],
             "eps": EPSILON,
         },
-        "training": {"steps": 1 << 20},
+        "training": {"steps": 1 << 20, "moe_grouped_gemm": not sequential},
     }
 
 
-def llama(size: Size) -> Any:
+def transformers_model(size: Size) -> Any:
     """The same model in transformers, with SDPA and without the cache that only generation needs."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-    config = LlamaConfig(
-        num_hidden_layers=size.num_layers,
-        hidden_size=size.hidden_size,
-        num_attention_heads=size.num_heads,
-        num_key_value_heads=size.num_heads,
-        intermediate_size=size.ffn_hidden_size,
-        vocab_size=size.vocab_size,
-        max_position_embeddings=size.seq_length,
-        rms_norm_eps=1e-5,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    return LlamaForCausalLM(config)
+    options: dict[str, Any] = {
+        "num_hidden_layers": size.num_layers,
+        "hidden_size": size.hidden_size,
+        "num_attention_heads": size.num_heads,
+        "num_key_value_heads": size.num_heads,
+        "intermediate_size": size.ffn_hidden_size,
+        "vocab_size": size.vocab_size,
+        "max_position_embeddings": size.seq_length,
+        "rms_norm_eps": 1e-5,
+        "use_cache": False,
+        "attn_implementation": "sdpa",
+    }
+    if not size.num_experts:
+        return LlamaForCausalLM(LlamaConfig(**options))
+    experts = {"num_local_experts": size.num_experts, "num_experts_per_tok": size.num_chosen}
+    return MixtralForCausalLM(MixtralConfig(**options, **experts))
 
 
 def run_torch(talk: Conversation, size_name: str, precision: str, pure: bool = False) -> None:
@@ -176,7 +192,7 @@ def run_torch(talk: Conversation, size_name: str, precision: str, pure: bool = F
 
     size = SIZES[size_name]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = llama(size).to(device, torch.bfloat16 if pure else torch.float32).train()
+    model = transformers_model(size).to(device, torch.bfloat16 if pure else torch.float32).train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=LEARNING_RATE,
@@ -236,7 +252,7 @@ def run_trainer(talk: Conversation, size_name: str, precision: str) -> None:
                 self.watch = Stopwatch()
             self.left -= 1
 
-    model = llama(size)
+    model = transformers_model(size)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -264,13 +280,13 @@ def run_trainer(talk: Conversation, size_name: str, precision: str) -> None:
 def main() -> None:
     """Become one side."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("side", choices=("megagpt", "torch", "torch-pure", "trainer"))
+    parser.add_argument("side", choices=("megagpt", "megagpt-sequential", "torch", "torch-pure", "trainer"))
     parser.add_argument("size")
     parser.add_argument("precision", choices=("fp32", "bf16"))
     args = parser.parse_args()
     talk = Conversation()
-    if args.side == "megagpt":
-        run_megagpt(talk, args.size, args.precision)
+    if args.side.startswith("megagpt"):
+        run_megagpt(talk, args.size, args.precision, sequential=args.side == "megagpt-sequential")
     elif args.side == "trainer":
         run_trainer(talk, args.size, args.precision)
     else:

@@ -26,6 +26,8 @@ from megagpt.errors import MegagptError, run_command
 GOALS = {"torch": 1.2, "trainer": 1.3}
 """How many times the tokens/s of a side megagpt shall reach, with a peak memory no higher."""
 SIDES = {"fp32": ("megagpt", "torch", "trainer"), "bf16": ("megagpt", "torch", "trainer", "torch-pure")}
+ON_REQUEST = ("megagpt-sequential",)
+"""Sides that run only if `--sides` names them: experts one after the other."""
 
 
 class BenchError(MegagptError):
@@ -89,10 +91,13 @@ class Side:
         return json.loads(line)
 
 
-def measure(size: str, precision: str, threads: int, rounds: int, steps: int, one_by_one: bool = False) -> list[Side]:
-    """Run all sides.
+def measure(
+    names: Sequence[str], size: str, precision: str, threads: int, rounds: int, steps: int, one_by_one: bool = False
+) -> list[Side]:
+    """Run sides.
 
     Args:
+        names: of the sides; the first is what the others are compared with.
         size: key of `workload.SIZES`.
         precision: fp32 or bf16.
         threads: CPU threads of each side.
@@ -100,8 +105,8 @@ def measure(size: str, precision: str, threads: int, rounds: int, steps: int, on
         steps: optimizer steps per turn.
         one_by_one: let each side end before the next one starts, rather than take turns.
     """
-    names = [[name] for name in SIDES[precision]] if one_by_one else [list(SIDES[precision])]
-    sides = [side for group in names for side in take_turns(group, size, precision, threads, rounds, steps)]
+    groups = [[name] for name in names] if one_by_one else [list(names)]
+    sides = [side for group in groups for side in take_turns(group, size, precision, threads, rounds, steps)]
     for side in sides:
         if side.parameters != sides[0].parameters:
             raise BenchError(f"{side.name} has {side.parameters:,} parameters, {sides[0].name} {sides[0].parameters:,}")
@@ -167,6 +172,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["12m", "125m"])
     parser.add_argument("--precisions", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        choices=[*SIDES["bf16"][1:], *ON_REQUEST],
+        help="compare megagpt with these only (default: with all, experts one after the other apart)",
+    )
     parser.add_argument("--threads", nargs="+", type=int, default=[os.cpu_count() or 1])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side; default 5")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps per turn; default 2")
@@ -178,7 +189,8 @@ def main() -> int:
     for size in args.sizes:
         for precision in args.precisions:
             for threads in args.threads:
-                sides = measure(size, precision, threads, args.rounds, args.steps, args.one_by_one)
+                names = ["megagpt", *args.sides] if args.sides else SIDES[precision]
+                sides = measure(names, size, precision, threads, args.rounds, args.steps, args.one_by_one)
                 title = f"{size}, {precision}, {threads} thread{'s' * (threads > 1)}"
                 missed += report(console, title, SIZES[size], sides)
     for line in missed:
