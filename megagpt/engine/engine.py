@@ -129,7 +129,7 @@ class Engine:
         return StepResult(loss, norm, loss_scale, skipped, problem)
 
     def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
-        if not self._wrapped.training:  # it takes milliseconds to tell all modules
+        if not self._module.training:  # it takes milliseconds to tell all modules
             self._wrapped.train()
         total = torch.zeros((), device=self.ranks.device)
         self._guard.begin_step(lambda: total, self.plan.num_microbatches)
