@@ -98,6 +98,6 @@ def _weighted(projected: Tensor, weights: Tensor, name: str) -> Tensor:
 
 @Fusable
 def _gradients_of_weighted(grad: Tensor, projected: Tensor, weights: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    grad_weights = (grad * _gated.eager(projected, name)).sum(-1, dtype=torch.float32).to(weights.dtype)
+    grad_weights = (grad.float() * _gated.eager(projected, name)).sum(-1).to(weights.dtype)
     grad = (grad * weights.unsqueeze(-1)).to(grad.dtype)
     return _gradient_of_gated.eager(grad, projected, name), grad_weights

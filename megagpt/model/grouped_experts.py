@@ -6,6 +6,7 @@ With many small experts a GPU takes longer to be told of all their products than
 Shapes: T tokens sent to this rank's experts, E such experts, H hidden size, F width of an expert / TP.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,8 +25,6 @@ ALLOWED = 1e-2
 """Relative distance from fp64 in 2-norm; rounding a result to bf16 gives about 1e-3."""
 TOKENS = (40, 0, 7, 81)
 """Of each expert in the proof: none, and numbers that no block of a kernel divides."""
-
-
 LARGEST = 1024
 """Channels in the proof: the weights of a large model would take gigabytes in fp64."""
 
@@ -161,7 +160,9 @@ def _obstacle(plan: Plan, device: torch.device) -> str:
 
 
 def prove(hidden_size: int, width: int, device: torch.device) -> str:
-    """Compare a product, and its gradients, with the same one in fp64; one of the experts has no token.
+    """Compare an expert's two products, and their gradients, with the same ones in fp64, weights lying as in training.
+
+    One of the experts has no token.
 
     Args:
         hidden_size: of the model; no more than `LARGEST` of it is tried.
@@ -172,12 +173,25 @@ def prove(hidden_size: int, width: int, device: torch.device) -> str:
         What is wrong; empty if nothing is.
     """
     hidden_size, width = min(hidden_size, LARGEST), min(width, LARGEST)
+    shapes = (2 * width, hidden_size), (hidden_size, width)  # as with a gate
     generator = torch.Generator().manual_seed(1)
+    numbers = torch.randn(len(TOKENS), sum(math.prod(shape) for shape in shapes), generator=generator)
+    experts = [row.split([math.prod(shape) for shape in shapes]) for row in numbers.to(device, torch.bfloat16)]
+    for index, shape in enumerate(shapes):
+        wrong = _wrong([weights[index].view(shape) for weights in experts], generator)
+        if wrong:
+            return wrong
+    return ""
+
+
+def _wrong(weights_NK: list[Tensor], generator: torch.Generator) -> str:
+    """What is wrong with the products with these weights; empty if nothing is."""
+    (width, hidden_size), device = weights_NK[0].shape, weights_NK[0].device
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
 
-    inputs = [draw(sum(TOKENS), hidden_size), *(draw(width, hidden_size) for _ in TOKENS)]
+    inputs = [draw(sum(TOKENS), hidden_size), *weights_NK]
     grad_TN = draw(sum(TOKENS), width)
     ends_E = torch.tensor(TOKENS, device=device).cumsum(0, dtype=torch.int32)
     right = _results(_one_by_one, [tensor.double() for tensor in inputs], grad_TN.double())
@@ -197,6 +211,6 @@ def _one_by_one(tokens: Tensor, *weights: Tensor) -> Tensor:
 
 def _results(multiply: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
     """Result and gradients of the inputs."""
-    leaves = [tensor.requires_grad_() for tensor in inputs]
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     output = multiply(*leaves)
     return [output.detach(), *torch.autograd.grad(output, leaves, grad)]

@@ -74,7 +74,8 @@ class TokenDispatcher(MoEAlltoAllTokenDispatcher):
         if not self.is_alone:
             self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
         self.places = Places.of(routing_map, self.config.moe_router_topk)
-        copies_RH = _Copy.apply(hidden_states.reshape(-1, self.hidden_shape[-1]), self.places)
+        tokens_TH = hidden_states.reshape(-1, self.hidden_shape[-1])
+        copies_RH = _Copy.apply(tokens_TH, self.places.tokens_R, self.places.copies_TK)
         return copies_RH, probs.t().reshape(-1).gather(0, self.places.pairs_R)
 
     def dispatch_postprocess(self, tokens_RH: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,35 +90,37 @@ class TokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Add up the results [R, H] of each token; returns the shape of the hidden states."""
-        return _AddUp.apply(hidden_states, self.places).view(self.hidden_shape)
+        output_TH = _AddUp.apply(hidden_states, self.places.tokens_R, self.places.copies_TK)
+        del self.places, self.probs  # which would live on until the next forward pass
+        return output_TH.view(self.hidden_shape)
 
 
 class _Copy(torch.autograd.Function):
     """[T, H] -> [R, H]."""
 
     @staticmethod
-    def forward(ctx: Any, tokens_TH: Tensor, places: Places) -> Tensor:
-        ctx.places = places
-        return tokens_TH.index_select(0, places.tokens_R)
+    def forward(ctx: Any, tokens_TH: Tensor, tokens_R: Tensor, copies_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(copies_TK)
+        return tokens_TH.index_select(0, tokens_R)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
-        return _sums(grad_RH, ctx.places.copies_TK), None
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None]:
+        return _sums(grad_RH, *ctx.saved_tensors), None, None
 
 
 class _AddUp(torch.autograd.Function):
     """[R, H] -> [T, H]."""
 
     @staticmethod
-    def forward(ctx: Any, results_RH: Tensor, places: Places) -> Tensor:
-        ctx.places = places
-        return _sums(results_RH, places.copies_TK)
+    def forward(ctx: Any, results_RH: Tensor, tokens_R: Tensor, copies_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_R)
+        return _sums(results_RH, copies_TK)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None]:
-        return grad_TH.index_select(0, ctx.places.tokens_R), None
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None]:
+        return grad_TH.index_select(0, *ctx.saved_tensors), None, None
 
 
 @Fusable

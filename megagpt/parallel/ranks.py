@@ -202,6 +202,10 @@ def fix_order_of_sums(wanted: bool) -> None:
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        import torch._inductor.config as inductor
+
+        if hasattr(inductor, "deterministic"):  # no kernel is chosen by how long it takes
+            inductor.deterministic = True
     torch.use_deterministic_algorithms(wanted)
 
 

@@ -96,6 +96,13 @@ def test_experts_computed_at_once_give_the_same(references, layout):
     check(references, "mixtral", SGD, layout, grouped_under_deepspeed)
 
 
+def test_experts_computed_at_once_train_in_bf16():
+    plan = tiny_plan("mixtral", SGD, steps=4, dp=2, ep=2, precision="bf16")
+    ways = (run_ranks(train, plan.world_size, plan) for train in (under_deepspeed, grouped_under_deepspeed))
+    for (expected, _), (curve, _) in zip(*ways, strict=True):
+        assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in expected], abs=2e-3)
+
+
 def check(references, model, optimizer, layout, train):
     plan = tiny_plan(model, optimizer, **layout)
     curve, expected_figures = references(model, optimizer)

@@ -59,14 +59,16 @@ class Methods(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def questions_of_a_step(plan) -> Counter:
+def questions_of_a_step(plan, experts_at_once: bool = False) -> Counter:
     """Who asks for values in the third step, and how often, on this rank."""
     from megagpt.engine import build_engine
+    from megagpt.model.grouped_experts import GroupedExperts
     from megagpt.parallel.launch import detect_launch
     from megagpt.parallel.ranks import start_ranks
 
     ranks = start_ranks(plan, detect_launch())
     engine = build_engine(plan, ranks)
+    GroupedExperts.are_grouped = experts_at_once
     batches = [list(rank_batches(plan, ranks.data_rank, step)) for step in range(3)]
     for step in range(2):
         engine.train_step(iter(batches[step]), 0.1)
@@ -97,6 +99,7 @@ LAYOUTS = {
     "pipeline, SP": ("gpt2", dict(tp=2, sp=True, pp=2), UPDATE | CPU_RANDOM_STATE),
     "pipeline, fp16": ("llama", dict(pp=2, precision="fp16"), UPDATE | OVERFLOW_16_BIT),
     "experts": ("mixtral", dict(dp=2), UPDATE | TOKENS_PER_EXPERT),
+    "experts at once": ("mixtral", dict(dp=2), UPDATE),
 }
 
 
@@ -104,7 +107,7 @@ LAYOUTS = {
 def test_a_step_asks_for_nothing_else(layout):
     model, options, allowed = LAYOUTS[layout]
     plan = tiny_plan(model, SGD, steps=3, **options)
-    for found in run_ranks(questions_of_a_step, plan.world_size, plan):
+    for found in run_ranks(questions_of_a_step, plan.world_size, plan, experts_at_once="at once" in layout):
         askers = {place.split(":")[1] for place in found}
         assert askers <= allowed, found  # versions of the libraries ask less or more
         assert askers >= UPDATE, "questions are caught"

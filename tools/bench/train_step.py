@@ -185,18 +185,21 @@ def main() -> int:
         "--one-by-one", action="store_true", help="no turns: for GPUs that have no memory for all sides at a time"
     )
     args = parser.parse_args()
-    console, missed = Console(highlight=False), []
+    console, missed, judged = Console(highlight=False), [], set()
     for size in args.sizes:
         for precision in args.precisions:
             for threads in args.threads:
-                names = ["megagpt", *args.sides] if args.sides else SIDES[precision]
+                allowed = SIDES[precision] + ON_REQUEST
+                names = [name for name in ["megagpt", *(args.sides or SIDES[precision][1:])] if name in allowed]
                 sides = measure(names, size, precision, threads, args.rounds, args.steps, args.one_by_one)
                 title = f"{size}, {precision}, {threads} thread{'s' * (threads > 1)}"
                 missed += report(console, title, SIZES[size], sides)
+                judged |= {side.name for side in sides} & GOALS.keys()
     for line in missed:
         console.print(f"missed: {line}")
-    if not missed:
-        console.print("all goals met: " + ", ".join(f"{goal} x {side}" for side, goal in GOALS.items()))
+    if judged and not missed:
+        goals = (f"{goal} x {side}" for side, goal in GOALS.items() if side in judged)
+        console.print("all goals met: " + ", ".join(goals))
     return 1 if missed else 0
 
 

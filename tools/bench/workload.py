@@ -33,8 +33,8 @@ class Size:
 SIZES = {
     # to see that everything runs
     "smoke": Size(2, 64, 4, 176, 512, seq_length=64, microbatch_size=2, num_microbatches=2),
-    # 12.7 million parameters, near the quickstart's shape
     "smoke-moe": Size(2, 64, 4, 96, 512, 64, microbatch_size=2, num_microbatches=2, num_experts=4, num_chosen=2),
+    # 12.7 million parameters, near the quickstart's shape
     "12m": Size(6, 320, 5, 864, 8192, seq_length=512, microbatch_size=4, num_microbatches=2),
     # 134 million parameters: GPT-2 small's depth and width with Llama 2's vocabulary
     "125m": Size(12, 768, 12, 2048, 32000, seq_length=512, microbatch_size=2, num_microbatches=2),
