@@ -27,6 +27,8 @@ TOKENS = (40, 0, 7, 81)
 """Of each expert in the proof: none, and numbers that no block of a kernel divides."""
 LARGEST = 1024
 """Channels in the proof: the weights of a large model would take gigabytes in fp64."""
+NO_KERNEL = "no kernel"
+"""What a rank says whose device or torch has none."""
 
 
 class GroupedExperts(SequentialMLP):
@@ -126,10 +128,6 @@ def group_experts(plan: Plan, device: torch.device, gather: Callable[[str], list
         "experts are computed one after the other, as torch's grouped matrix product cannot be used: rank "
         f"{rank}: {found[rank]} (training.moe_grouped_gemm=false silences this)"
     )
-
-
-NO_KERNEL = "no kernel"
-"""What a rank says whose device or torch has none."""
 
 
 def can_be_grouped(plan: Plan) -> bool:
