@@ -82,7 +82,10 @@ def test_kernels_must_show_that_they_are_right():
         return product
 
     def leaves_out_a_token(one, two, offs):
-        return multiply(one, two, offs=offs - (offs == offs[-1]).int())
+        product = multiply(one, two, offs=offs)
+        if product.ndim == 2:
+            product[-1] = 0
+        return product
 
     def ignores_what_lies_between_weights(one, two, offs):
         if two.ndim == 3:
