@@ -13,6 +13,8 @@ from megagpt.verify.neighbours import Sizes, sizes_of, small_sizes
 MAX_RANKS = 8
 HEAD, SEQUENCE, VOCABULARY = 16, 32, 122
 LAYERS_PER_STAGE = 2
+SMALL_PARAMETERS, SMALL_LENGTH = 8_000_000, 128
+"""Models up to this size are verified as they are, if all of their ranks are."""
 # Sizes above which ZeRO 3 cuts and releases parameters: none of a tiny model reaches DeepSpeed's defaults.
 CUT_EVERYTHING = {
     "stage3_param_persistence_threshold": 0,
@@ -48,8 +50,8 @@ def shrink(plan: Plan, steps: int = 20, max_ranks: int = MAX_RANKS) -> SmallRuns
     Each kind of parallelism, and each pair of them, is in one of the runs, and so are a pipeline stage between two
     others, copies of experts, key/value heads that ranks share, and weights cut twice (`neighbours.py`). The family's
     features stay: ratio of query heads to groups, heads that are not as wide together as the hidden size, biases,
-    norms, activation, positions, windows, tying, experts, and which stages hold layers without them. Dropout goes: its
-    random numbers depend on the layout.
+    norms, activation, positions, windows, tying, experts, and which stages hold layers without them; a model that is
+    small already stays as it is. Dropout goes: its random numbers depend on the layout.
 
     Args:
         plan: the run.
@@ -65,10 +67,16 @@ def shrink(plan: Plan, steps: int = 20, max_ranks: int = MAX_RANKS) -> SmallRuns
 
 def _small_run(plan: Plan, sizes: Sizes, steps: int) -> SmallRun:
     tree = plan.run.model_dump(mode="json")
-    counts = small_counts(plan, sizes.pipeline)
-    tree["parallel"] = small_parallel(plan, tree["parallel"], sizes, counts)
-    tree["model"] = small_model(plan, tree["model"], sizes, counts)
-    length = tree["model"]["max_position_embeddings"]
+    if is_small(plan) and sizes == sizes_of(plan):
+        length = plan.seq_length
+    else:
+        counts = small_counts(plan, sizes.pipeline)
+        tree["parallel"] = small_parallel(plan, tree["parallel"], sizes, counts)
+        tree["model"] = small_model(plan, tree["model"], sizes, counts)
+        length = tree["model"]["max_position_embeddings"]
+    tree["model"] |= {"preset": None, "init_from": None, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    if tree["model"]["num_experts"] is None:  # keys of experts are refused without experts, even with their defaults
+        tree["model"] = {key: value for key, value in tree["model"].items() if not key.startswith("moe_")}
     tree["training"] |= {"steps": steps, "seq_length": length, "eval_interval": 0}
     if sizes.tensor == 1:
         tree["training"]["distribute_saved_activations"] = False
@@ -92,6 +100,11 @@ def _small_run(plan: Plan, sizes: Sizes, steps: int) -> SmallRun:
         configured=configured,
         changes=tuple(_changes(plan, configured)),
     )
+
+
+def is_small(plan: Plan) -> bool:
+    """Whether a laptop trains the model as it is."""
+    return plan.num_parameters <= SMALL_PARAMETERS and plan.seq_length <= SMALL_LENGTH
 
 
 def single_plan(plan: Plan, precision: Precision = "fp32", microbatch_size: int | None = None) -> Plan:
@@ -197,8 +210,6 @@ def small_model(plan: Plan, model: dict[str, Any], sizes: Sizes, counts: list[in
         hidden += HEAD * tensor  # heads and hidden size stay apart
     small = {
         **model,
-        "preset": None,
-        "init_from": None,
         "num_layers": sum(counts),
         "hidden_size": hidden,
         "num_attention_heads": heads,
@@ -207,16 +218,12 @@ def small_model(plan: Plan, model: dict[str, Any], sizes: Sizes, counts: list[in
         "ffn_hidden_size": 2 * tensor * max(1, round(hidden * full.ffn_hidden_size / full.hidden_size / 2 / tensor)),
         "vocab_size": VOCABULARY,
         "max_position_embeddings": SEQUENCE,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
     }
     if small.get("sliding_window") is not None:
         small["sliding_window"] = SEQUENCE // 4
     if (skips := full.window_attn_skip_freq) is not None and skips <= full.num_layers:
         small["window_attn_skip_freq"] = 2  # each stage has a layer with a window and one without
-    if small.get("num_experts") is None:  # keys of experts are refused without experts, even with their defaults
-        return {key: value for key, value in small.items() if not key.startswith("moe_")}
-    return small | _small_experts(plan, model, sizes, counts)
+    return small if small["num_experts"] is None else small | _small_experts(plan, model, sizes, counts)
 
 
 def _small_experts(plan: Plan, model: dict[str, Any], sizes: Sizes, counts: list[int]) -> dict[str, Any]:
@@ -301,4 +308,4 @@ def _changes(full: Plan, small: Plan) -> list[str]:
         lines.append("quantized collectives -> exact ones (they take CUDA kernels, and round)")
     if full.deepspeed.optimizer_is_on_disk:
         lines.append("optimizer on a disk -> in host memory (with the same numbers)")
-    return lines
+    return lines or ["the run as it is"]

@@ -162,14 +162,22 @@ def _copies(plan: Plan, ranks: Sequence[RankMeasurement], shards: Shards) -> Ver
 
 
 def _tied(plan: Plan, ranks: Sequence[RankMeasurement], shards: Shards) -> list[Verdict]:
-    """The first and the last stage's copy of a tied embedding."""
+    """The first and the last stage's copy of a tied embedding.
+
+    On CPUs torch's AdamW rounds the last elements of a tensor, which fill no vector register, unlike the others, and
+    the stages' flat partitions end at other places.
+    """
     last = plan.pipeline_parallel_size - 1
     if plan.model.untie_embeddings_and_output_weights or last == 0:
         return []
     name = "embedding.word_embeddings.weight"
     pairs = [(shards.get((name, 0, t)), shards.get((name, last, t))) for t in range(plan.tensor_parallel_size)]
     differences = [math.nan if a is None or b is None else _largest(a - b) for a, b in pairs]
-    return [Verdict("tied copies", float(np.max(differences)), 0.0, "first and last stage, bit for bit")]
+    bound, how = 0.0, "bit for bit"
+    if plan.run.optimizer.name == "adamw" and ranks[0].device == "cpu":
+        largest = max((_largest(a) for a, _ in pairs if a is not None), default=0.0)
+        bound, how = 4 * float(np.spacing(np.float32(largest))), "but for last bits at ends of partitions"
+    return [Verdict("tied copies", float(np.max(differences)), bound, f"first and last stage, {how}")]
 
 
 def _traffic(plan: Plan, ranks: Sequence[RankMeasurement]) -> list[Verdict]:

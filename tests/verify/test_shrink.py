@@ -174,3 +174,27 @@ def test_every_layout_of_a_preset_can_be_shrunk(preset):
                     assert all(run.exact.num_parameters < 3_000_000 for run in small.runs), sizes
                     count += 1
     assert count > 5
+
+
+def test_a_small_model_stays_as_it_is():
+    odd = {
+        "num_layers": 7,
+        "hidden_size": 63,
+        "num_attention_heads": 9,
+        "num_query_groups": 3,
+        "kv_channels": 14,
+        "ffn_hidden_size": 97,
+        "vocab_size": 50257,
+        "max_position_embeddings": 64,
+        "hidden_dropout": 0.1,
+        "untie_embeddings_and_output_weights": False,
+    }
+    plan = big_plan(None, model=odd, world_size=4, pipeline=2)
+    (small,) = shrink(plan).runs
+    for run in (small.exact, small.configured):
+        assert run.model == plan.model.model_copy(update={"hidden_dropout": 0.0})
+        assert run.seq_length == plan.seq_length
+        assert run.transformer_layers_of_stage(0) == plan.transformer_layers_of_stage(0)
+    assert [change.split(" -> ")[0] for change in small.changes] == ["512 micro-batches of 1 x 64 tokens", "dropout"]
+    (shrunk,) = shrink(big_plan(None, model=odd, world_size=16, pipeline=2)).runs
+    assert shrunk.exact.model.vocab_size < 50257, "not all of its ranks can be had"

@@ -155,7 +155,8 @@ def test_planted_faults_are_found(model, layout, faults):
 def test_a_whole_run_is_verified_in_both_precisions():
     from megagpt.verify.layout import verify_layout
 
-    plan = tiny_plan("llama", dp=2, zero=3, precision="bf16", sections={"model": {"num_layers": 8}})
+    long = {"model": {"num_layers": 8, "max_position_embeddings": 256}, "training": {"seq_length": 256}}
+    plan = tiny_plan("llama", dp=2, zero=3, precision="bf16", sections=long)
     report = verify_layout(plan, steps=8)
     assert report.passed, report.text()
     (part,) = report.parts
