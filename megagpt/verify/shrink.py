@@ -14,7 +14,7 @@ MAX_RANKS = 8
 HEAD, SEQUENCE, VOCABULARY = 16, 32, 122
 LAYERS_PER_STAGE = 2
 SMALL_PARAMETERS, SMALL_LENGTH = 8_000_000, 128
-"""Models up to this size are verified as they are, if all of their ranks are."""
+"""Runs up to this size are verified on their own layout, if its ranks are not too many."""
 # Sizes above which ZeRO 3 cuts and releases parameters: none of a tiny model reaches DeepSpeed's defaults.
 CUT_EVERYTHING = {
     "stage3_param_persistence_threshold": 0,
@@ -50,7 +50,7 @@ def shrink(plan: Plan, steps: int = 20, max_ranks: int = MAX_RANKS) -> SmallRuns
     Each kind of parallelism, and each pair of them, is in one of the runs, and so are a pipeline stage between two
     others, copies of experts, key/value heads that ranks share, and weights cut twice (`neighbours.py`). The family's
     features stay: ratio of query heads to groups, heads that are not as wide together as the hidden size, biases,
-    norms, activation, positions, windows, tying, experts, and which stages hold layers without them; a model that is
+    norms, activation, positions, windows, tying, experts, and which stages hold layers without them; a run that is
     small already stays as it is. Dropout goes: its random numbers depend on the layout.
 
     Args:
@@ -61,6 +61,8 @@ def shrink(plan: Plan, steps: int = 20, max_ranks: int = MAX_RANKS) -> SmallRuns
     Raises:
         ConfigError: `max_ranks` is 1, and the run has more.
     """
+    if is_small(plan) and plan.world_size <= max_ranks:
+        return SmallRuns((_small_run(plan, sizes_of(plan), steps),), ())
     layouts, left_out = small_sizes(sizes_of(plan), max_ranks)
     return SmallRuns(tuple(_small_run(plan, sizes, steps) for sizes in layouts), tuple(left_out))
 

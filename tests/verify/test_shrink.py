@@ -196,5 +196,6 @@ def test_a_small_model_stays_as_it_is():
         assert run.seq_length == plan.seq_length
         assert run.transformer_layers_of_stage(0) == plan.transformer_layers_of_stage(0)
     assert [change.split(" -> ")[0] for change in small.changes] == ["512 micro-batches of 1 x 64 tokens", "dropout"]
+    assert shrink(big_plan(None, model=odd, world_size=8)).runs[0].exact.data_parallel_size == 8
     (shrunk,) = shrink(big_plan(None, model=odd, world_size=16, pipeline=2)).runs
     assert shrunk.exact.model.vocab_size < 50257, "not all of its ranks can be had"
