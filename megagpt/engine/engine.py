@@ -338,8 +338,7 @@ def _build(
         dist_init_required=False,
     )
     skip_reduction_by_one_rank(wrapped)
-    if isinstance(wrapped.optimizer, BF16_Optimizer):
-        add_gradients_in_one_pass(wrapped.optimizer)
+    add_gradients_in_one_pass(wrapped.optimizer)
     share_fp32_weights(wrapped.optimizer)
     return module, optimizer, wrapped
 
@@ -354,8 +353,9 @@ def skip_reduction_by_one_rank(wrapped: Any) -> None:
         wrapped.enable_backward_allreduce = wrapped.pipeline_enable_backward_allreduce = False
 
 
-def add_gradients_in_one_pass(optimizer: BF16_Optimizer) -> None:
-    """Add each gradient to its fp32 sum as it is. DeepSpeed would first make an fp32 copy: one more pass and kernel."""
+def add_gradients_in_one_pass(optimizer: Any) -> None:
+    """Add each gradient to its fp32 sum as it is, where DeepSpeed's bf16 optimizer would first make an fp32 copy: one
+    more pass and kernel."""
 
     def accumulate(parameter: Any, group: int, index: int) -> None:
         total = optimizer.fp32_groups_gradients[group][index]
@@ -363,4 +363,5 @@ def add_gradients_in_one_pass(optimizer: BF16_Optimizer) -> None:
         optimizer.fp32_groups_has_gradients[group][index] = True
         parameter._hp_grad, parameter.grad = total, None
 
-    optimizer.accumulate_hp_grads_and_remove_lp = accumulate
+    if isinstance(optimizer, BF16_Optimizer):
+        optimizer.accumulate_hp_grads_and_remove_lp = accumulate

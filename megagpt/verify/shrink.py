@@ -61,17 +61,17 @@ def shrink(plan: Plan, steps: int = 20, max_ranks: int = MAX_RANKS) -> SmallRuns
     Raises:
         ConfigError: `max_ranks` is 1, and the run has more.
     """
+    own = sizes_of(plan)
     if is_small(plan) and plan.world_size <= max_ranks:
-        return SmallRuns((_small_run(plan, sizes_of(plan), steps),), ())
-    layouts, left_out = small_sizes(sizes_of(plan), max_ranks)
+        return SmallRuns((_small_run(plan, own, steps, shrinks_model=False),), ())
+    layouts, left_out = small_sizes(own, max_ranks)
     return SmallRuns(tuple(_small_run(plan, sizes, steps) for sizes in layouts), tuple(left_out))
 
 
-def _small_run(plan: Plan, sizes: Sizes, steps: int) -> SmallRun:
+def _small_run(plan: Plan, sizes: Sizes, steps: int, shrinks_model: bool = True) -> SmallRun:
     tree = plan.run.model_dump(mode="json")
-    if is_small(plan) and sizes == sizes_of(plan):
-        length = plan.seq_length
-    else:
+    length = plan.seq_length
+    if shrinks_model:
         counts = small_counts(plan, sizes.pipeline)
         tree["parallel"] = small_parallel(plan, tree["parallel"], sizes, counts)
         tree["model"] = small_model(plan, tree["model"], sizes, counts)
