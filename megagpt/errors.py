@@ -128,6 +128,11 @@ class MissingRanksError(LaunchError):
         self.present_hosts = present_hosts
 
 
+def in_one_line(error: BaseException) -> str:
+    """Kind of an error of a library, and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def exit_code_of(error: Exception) -> int:
     """Exit status of a command that an error of a file system or a store ends: 75 if it may pass by itself, else 2."""
     if isinstance(error, MegagptError):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megagpt.errors import ConfigError
+from megagpt.errors import ConfigError, in_one_line
 from megagpt.model.causal_attention import causal_attention
 from megagpt.model.documents import Documents, document_attention
 from megagpt.model.transformer_config import softmax_scale
@@ -157,7 +157,7 @@ def _tried(activate: Callable[[], None], plan: Plan, device: torch.device, modul
     except Exception as error:  # whatever a package that does not fit this host raises
         if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == module:
             return Trial(False)
-        return Trial(False, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        return Trial(False, in_one_line(error))
 
 
 def prove(activate: Callable[[], None], plan: Plan, device: torch.device) -> Trial:

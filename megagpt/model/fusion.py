@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from megagpt.errors import in_one_line
 from megagpt.plan import Plan
 
 R = TypeVar("R")
@@ -77,8 +78,7 @@ def _obstacle(device: torch.device) -> str:
     try:
         found: Any = torch.compile(_probed)(probe)
     except Exception as error:  # whatever the compiler meets on this host
-        lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0]}"
+        return in_one_line(error)
     return "" if torch.allclose(found, _probed(probe)) else "the compiled probe is wrong"
 
 

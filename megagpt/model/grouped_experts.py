@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megagpt.errors import in_one_line
 from megagpt.model.activation import GatedActivation
 from megagpt.plan import Plan
 
@@ -154,7 +155,7 @@ def _obstacle(plan: Plan, device: torch.device) -> str:
     try:
         return prove(plan.model.hidden_size, _width(plan), device)
     except Exception as error:  # whatever the kernels of this host raise
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return in_one_line(error)
 
 
 def prove(hidden_size: int, width: int, device: torch.device) -> str:
